@@ -1,0 +1,430 @@
+"""Paged attention in Triton: one launch for decodes, prefill chunks and any mixture of them, one more to merge split tiles.
+
+Memory: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, D]; block_table [B, max_blocks]; items, merges and
+counts as ``kernels/plan_reference.py`` describes. A program runs one item for one KV head: its tile's query tokens times the
+GROUP query heads that share the KV head are the rows of the products, laid token by token, so row r is query token
+r // GROUP and head r % GROUP. Split tiles leave normalized fp32 partials [slots, Hkv, ROWS, D] and their log2-sum-exp.
+
+Online softmax: Milakov and Gimelshein, 2018. Tiling: FlashAttention-2 (Dao, 2023). Splitting keys: Flash-Decoding (Dao et
+al., 2023). Block tables: PagedAttention (Kwon et al., SOSP 2023).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagedattn.kernels.tiling import MAX_HEAD_SIZE, AttentionTiling, choose_launch, next_power_of_2
+
+LOG2E = 1.4426950408889634
+INTERPRETER_SHARED_MEMORY = 1 << 16
+
+
+@triton.jit
+def load_pages(table_ptr, position, end_key, BLOCK_SIZE: tl.constexpr):
+    """Block ids of key positions [BLOCK_N] as int64; 0 from end_key on."""
+    return tl.load(table_ptr + position // BLOCK_SIZE, mask=position < end_key, other=0).to(tl.int64)
+
+
+@triton.jit
+def attend_keys(
+    query,
+    accumulator,
+    maximum,
+    denominator,
+    query_position,
+    table_ptr,
+    key_ptr,
+    value_ptr,
+    stride_key_block,
+    stride_key_slot,
+    stride_value_block,
+    stride_value_slot,
+    begin,
+    end,
+    end_key,
+    scale_log2,
+    sliding_window,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Fold keys begin..end into the running softmax of a tile. Without MASKED every row sees every one of them."""
+    offset = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    dim_exists = dim < HEAD_DIM
+    pages = load_pages(table_ptr, begin + offset, end_key, BLOCK_SIZE)
+    for start in tl.range(begin, end, BLOCK_N):
+        position = start + offset
+        slot = position % BLOCK_SIZE
+        key_offset = pages * stride_key_block + slot * stride_key_slot
+        value_offset = pages * stride_value_block + slot * stride_value_slot
+        # The next iteration's pages are fetched here, so that no load of keys waits for the table.
+        pages = load_pages(table_ptr, position + BLOCK_N, end_key, BLOCK_SIZE)
+        key_ptrs = key_ptr + key_offset[None, :] + dim[:, None]
+        value_ptrs = value_ptr + value_offset[:, None] + dim[None, :]
+        if MASKED:
+            inside = position < end_key
+            key = tl.load(key_ptrs, mask=inside[None, :] & dim_exists[:, None], other=0.0)
+            value = tl.load(value_ptrs, mask=inside[:, None] & dim_exists[None, :], other=0.0)
+        elif HEAD_DIM == HEAD_DIM_PADDED:
+            key = tl.load(key_ptrs)
+            value = tl.load(value_ptrs)
+        else:
+            key = tl.load(key_ptrs, mask=dim_exists[:, None], other=0.0)
+            value = tl.load(value_ptrs, mask=dim_exists[None, :], other=0.0)
+
+        logits = tl.dot(query, key, input_precision="ieee") * scale_log2
+        if MASKED:
+            distance = query_position[:, None] - position[None, :]
+            visible = inside[None, :] & (query_position >= 0)[:, None]
+            if CAUSAL:
+                visible = visible & (distance >= 0)
+            if HAS_WINDOW:
+                visible = visible & (tl.abs(distance) < sliding_window)
+            logits = tl.where(visible, logits, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
+        shift = new_maximum
+        if MASKED:
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        probabilities = tl.exp2(logits - shift[:, None])
+        correction = tl.exp2(maximum - shift)
+        denominator = denominator * correction + tl.sum(probabilities, axis=1)
+        accumulator = accumulator * correction[:, None]
+        accumulator = tl.dot(probabilities.to(value.dtype), value, accumulator, input_precision="ieee")
+        maximum = new_maximum
+    return accumulator, maximum, denominator
+
+
+@triton.jit
+def write_rows(
+    out_ptr,
+    lse_ptr,
+    result,
+    lse,
+    row_token,
+    row_head,
+    row_exists,
+    num_heads,
+    stride_out_token,
+    stride_out_head,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+):
+    """Write result [ROWS, D] and lse [ROWS] to rows (row_token, row_head) of out and lse."""
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    row_offset = row_token.to(tl.int64) * stride_out_token + row_head * stride_out_head
+    mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(out_ptr + row_offset[:, None] + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
+    if RETURN_LSE:
+        tl.store(lse_ptr + row_token.to(tl.int64) * num_heads + row_head, lse, mask=row_exists)
+
+
+@triton.jit
+def paged_attention_kernel(
+    out_ptr,
+    lse_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    block_table_ptr,
+    items_ptr,
+    counts_ptr,
+    scale_log2,
+    sliding_window,
+    num_tokens,
+    num_kv_heads,
+    stride_out_token,
+    stride_out_head,
+    stride_query_token,
+    stride_query_head,
+    stride_key_block,
+    stride_key_slot,
+    stride_key_head,
+    stride_value_block,
+    stride_value_slot,
+    stride_value_head,
+    stride_table_sequence,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUERIES_PER_TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    kv_head = program % num_kv_heads
+    item = program // num_kv_heads
+    num_items = tl.load(counts_ptr)
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    row_query = row // GROUP
+    row_head = kv_head * GROUP + row % GROUP
+    num_heads = num_kv_heads * GROUP
+
+    if item >= num_items:  # programs past the list write the rows that belong to no sequence
+        row_token = tl.load(counts_ptr + 2) + (item - num_items) * QUERIES_PER_TILE + row_query
+        zeros = tl.zeros([ROWS, HEAD_DIM_PADDED], dtype=tl.float32)
+        row_exists = (row_query < QUERIES_PER_TILE) & (row_token < num_tokens)
+        empty = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        write_rows(
+            out_ptr, lse_ptr, zeros, empty, row_token, row_head, row_exists, num_heads,
+            stride_out_token, stride_out_head, HEAD_DIM, HEAD_DIM_PADDED, RETURN_LSE,
+        )  # fmt: skip
+    else:
+        item_ptr = items_ptr + item * 8
+        sequence = tl.load(item_ptr)
+        first_row = tl.load(item_ptr + 1)
+        queries = tl.load(item_ptr + 2)
+        first_position = tl.load(item_ptr + 3)
+        begin = tl.load(item_ptr + 4)
+        end = tl.load(item_ptr + 5)
+        slot = tl.load(item_ptr + 6)
+        last_position = first_position + queries - 1
+        if CAUSAL:
+            end = tl.minimum(end, last_position + 1)
+
+        row_exists = row_query < queries
+        row_token = first_row + row_query
+        query_offset = row_token.to(tl.int64) * stride_query_token + row_head * stride_query_head
+        query_mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
+        query = tl.load(query_ptr + query_offset[:, None] + dim[None, :], mask=query_mask, other=0.0)
+        query_position = first_position + row_query
+        accumulator = tl.zeros([ROWS, HEAD_DIM_PADDED], dtype=tl.float32)
+        maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        denominator = tl.zeros([ROWS], dtype=tl.float32)
+
+        # Keys that every row sees need no mask: they lie between the window of the last query and the first query.
+        whole_end = end
+        if CAUSAL:
+            whole_end = tl.minimum(end, first_position + 1)
+        if HAS_WINDOW and not CAUSAL:
+            whole_end = tl.minimum(end, first_position + sliding_window)
+        whole_begin = begin
+        if HAS_WINDOW:
+            ahead = tl.maximum(last_position - sliding_window + 1 - begin, 0)
+            whole_begin = begin + tl.cdiv(ahead, BLOCK_N) * BLOCK_N
+        if first_position < 0:  # rows before the sequence see nothing: mask them
+            whole_end = begin
+        whole_end = whole_begin + tl.maximum(whole_end - whole_begin, 0) // BLOCK_N * BLOCK_N
+
+        table_ptr = block_table_ptr + sequence.to(tl.int64) * stride_table_sequence
+        key_ptr += kv_head.to(tl.int64) * stride_key_head
+        value_ptr += kv_head.to(tl.int64) * stride_value_head
+        if HAS_WINDOW:
+            accumulator, maximum, denominator = attend_keys(
+                query, accumulator, maximum, denominator, query_position, table_ptr, key_ptr, value_ptr,
+                stride_key_block, stride_key_slot, stride_value_block, stride_value_slot,
+                begin, tl.minimum(whole_begin, end), end, scale_log2, sliding_window,
+                HEAD_DIM, HEAD_DIM_PADDED, BLOCK_SIZE, BLOCK_N, CAUSAL, HAS_WINDOW, MASKED=True,
+            )  # fmt: skip
+        accumulator, maximum, denominator = attend_keys(
+            query, accumulator, maximum, denominator, query_position, table_ptr, key_ptr, value_ptr,
+            stride_key_block, stride_key_slot, stride_value_block, stride_value_slot,
+            whole_begin, whole_end, end, scale_log2, sliding_window,
+            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_SIZE, BLOCK_N, CAUSAL, HAS_WINDOW, MASKED=False,
+        )  # fmt: skip
+        accumulator, maximum, denominator = attend_keys(
+            query, accumulator, maximum, denominator, query_position, table_ptr, key_ptr, value_ptr,
+            stride_key_block, stride_key_slot, stride_value_block, stride_value_slot,
+            whole_end, end, end, scale_log2, sliding_window,
+            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_SIZE, BLOCK_N, CAUSAL, HAS_WINDOW, MASKED=True,
+        )  # fmt: skip
+
+        result = accumulator / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
+        lse_log2 = maximum + tl.log2(denominator)  # -inf where nothing was visible
+        if slot < 0:
+            write_rows(
+                out_ptr, lse_ptr, result, lse_log2 * 0.6931471805599453, row_token, row_head, row_exists, num_heads,
+                stride_out_token, stride_out_head, HEAD_DIM, HEAD_DIM_PADDED, RETURN_LSE,
+            )  # fmt: skip
+        else:
+            partial_row = (slot.to(tl.int64) * num_kv_heads + kv_head) * ROWS + row
+            mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
+            tl.store(partial_out_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], result, mask=mask)
+            tl.store(partial_lse_ptr + partial_row, lse_log2, mask=row_exists)
+
+
+@triton.jit
+def merge_partials_kernel(
+    out_ptr,
+    lse_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    merges_ptr,
+    counts_ptr,
+    num_kv_heads,
+    stride_out_token,
+    stride_out_head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+):
+    """Add up the slots of one split tile for one KV head, in the order of its chunks."""
+    program = tl.program_id(0)
+    kv_head = program % num_kv_heads
+    merge = program // num_kv_heads
+    if merge < tl.load(counts_ptr + 1):
+        first_row = tl.load(merges_ptr + merge * 4)
+        queries = tl.load(merges_ptr + merge * 4 + 1)
+        first_slot = tl.load(merges_ptr + merge * 4 + 2)
+        num_slots = tl.load(merges_ptr + merge * 4 + 3)
+        row = tl.arange(0, ROWS)
+        dim = tl.arange(0, HEAD_DIM_PADDED)
+        row_query = row // GROUP
+        row_exists = row_query < queries
+        mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
+        accumulator = tl.zeros([ROWS, HEAD_DIM_PADDED], dtype=tl.float32)
+        maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        denominator = tl.zeros([ROWS], dtype=tl.float32)
+        for slot in tl.range(first_slot, first_slot + num_slots):
+            partial_row = (slot.to(tl.int64) * num_kv_heads + kv_head) * ROWS + row
+            lse = tl.load(partial_lse_ptr + partial_row, mask=row_exists, other=float("-inf"))
+            partial = tl.load(partial_out_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+            new_maximum = tl.maximum(maximum, lse)
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            correction = tl.exp2(maximum - shift)
+            weight = tl.exp2(lse - shift)
+            accumulator = accumulator * correction[:, None] + partial * weight[:, None]
+            denominator = denominator * correction + weight
+            maximum = new_maximum
+        result = accumulator / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
+        lse_log2 = maximum + tl.log2(denominator)
+        row_head = kv_head * GROUP + row % GROUP
+        write_rows(
+            out_ptr, lse_ptr, result, lse_log2 * 0.6931471805599453, first_row + row_query, row_head, row_exists,
+            num_kv_heads * GROUP, stride_out_token, stride_out_head, HEAD_DIM, HEAD_DIM_PADDED, RETURN_LSE,
+        )  # fmt: skip
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one thread block may use."""
+    if device.type != "cuda":
+        return INTERPRETER_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    items: Tensor,
+    merges: Tensor,
+    counts: Tensor,
+    *,
+    tiling: AttentionTiling,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Write attention into ``out`` [T, Hq, D] and its log-sum-exp into ``lse`` (fp32 [T, Hq]; may be empty: not wanted)."""
+    num_tokens, num_heads, head_size = query.shape
+    num_kv_heads = key_cache.shape[2]
+    group = num_heads // num_kv_heads
+    launch = choose_launch(
+        rows=tiling.rows, head_size=head_size, itemsize=query.element_size(), shared_memory=shared_memory(query.device)
+    )
+    padded = max(16, next_power_of_2(head_size))
+    # Every sequence has at most one ragged tile, and so has the padding behind the last sequence.
+    num_seqs = block_table.shape[0]
+    tiles = min(num_seqs * tiling.tiles_per_sequence, num_tokens // tiling.queries_per_tile + num_seqs)
+    programs = tiles + tiling.max_items - num_seqs * tiling.tiles_per_sequence
+    programs += num_tokens // tiling.queries_per_tile + 1
+    partial_out = out.new_empty((tiling.max_slots, num_kv_heads, tiling.rows, head_size), dtype=torch.float32)
+    partial_lse = out.new_empty((tiling.max_slots, num_kv_heads, tiling.rows), dtype=torch.float32)
+    return_lse = lse.numel() > 0
+    with torch.cuda.device_of(query):
+        paged_attention_kernel[(programs * num_kv_heads,)](
+            out,
+            lse,
+            partial_out,
+            partial_lse,
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            items,
+            counts,
+            scale * LOG2E,
+            sliding_window or 0,
+            num_tokens,
+            num_kv_heads,
+            out.stride(0),
+            out.stride(1),
+            query.stride(0),
+            query.stride(1),
+            key_cache.stride(0),
+            key_cache.stride(1),
+            key_cache.stride(2),
+            value_cache.stride(0),
+            value_cache.stride(1),
+            value_cache.stride(2),
+            block_table.stride(0),
+            GROUP=group,
+            HEAD_DIM=head_size,
+            HEAD_DIM_PADDED=padded,
+            BLOCK_SIZE=key_cache.shape[1],
+            ROWS=tiling.rows,
+            QUERIES_PER_TILE=tiling.queries_per_tile,
+            BLOCK_N=launch.block_n,
+            CAUSAL=causal,
+            HAS_WINDOW=sliding_window is not None,
+            RETURN_LSE=return_lse,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+        if tiling.max_merges:
+            merge_partials_kernel[(tiling.max_merges * num_kv_heads,)](
+                out,
+                lse,
+                partial_out,
+                partial_lse,
+                merges,
+                counts,
+                num_kv_heads,
+                out.stride(0),
+                out.stride(1),
+                GROUP=group,
+                HEAD_DIM=head_size,
+                HEAD_DIM_PADDED=padded,
+                ROWS=tiling.rows,
+                RETURN_LSE=return_lse,
+                num_warps=4,
+            )
+
+
+def unsupported(*, head_size: int, head_size_v: int, query_dtype: torch.dtype, cache_dtype: torch.dtype, **given: object) -> str:
+    """The name of the first feature that these kernels do not have yet, or an empty string. ``given`` maps arguments to values."""
+    for name, value in given.items():
+        if value is not None:
+            return name
+    if head_size > MAX_HEAD_SIZE:
+        return f"head_size {head_size} > {MAX_HEAD_SIZE}"
+    if head_size_v != head_size:
+        return f"head_size_v {head_size_v} != head_size {head_size}"
+    if query_dtype != cache_dtype:
+        return f"{cache_dtype} caches with a {query_dtype} query"
+    if query_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {query_dtype}"
+    return ""

@@ -1,0 +1,1105 @@
+"""The contract of the ops: each one's schema, host checks, fake and dispatch.
+
+CPU tensors go to the torch reference, CUDA tensors to the Triton kernels; with ``TRITON_INTERPRET=1`` in the environment
+before import, CPU tensors go to the Triton kernels too. ``PAGEDATTN_CHECK=1`` also checks values (ids, lengths, duplicate
+slots), which synchronizes. Shapes use T tokens in this step, B sequences, Hq and Hkv heads, D head size, N blocks, S block
+size. Every op is also ``torch.ops.pagedattn.<name>``, where a plan is its three tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pagedattn.kernels import attention_reference, cache_reference, plan_reference
+from pagedattn.kernels.quantization import LARGEST
+from pagedattn.kernels.tiling import AttentionTiling, choose_tiling
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CHECK_VALUES = os.environ.get("PAGEDATTN_CHECK") == "1"
+INTERPRETER_PROGRAMS = 8
+
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_QUERY_DTYPES = (*_FLOAT_DTYPES, torch.float8_e4m3fn)
+_CACHE_DTYPES = (*_FLOAT_DTYPES, *LARGEST)
+
+_library = torch.library.Library("pagedattn", "DEF")  # noqa: TOR901
+
+
+# --- checks: from metadata alone, so that they never synchronize -----------------------------------------------------
+
+
+def _require(condition: bool, name: str, given: object, required: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: got {_describe(given)}; must be {required}")
+
+
+def _describe(given: object) -> str:
+    if isinstance(given, Tensor):
+        return f"{given.dtype} {list(given.shape)} on {given.device}".replace("torch.", "")
+    return repr(given)
+
+
+def _require_tensor(name: str, given: object, optional: bool = False) -> None:
+    if not isinstance(given, Tensor) and not (optional and given is None):
+        raise TypeError(f"{name}: got {type(given).__name__}; must be a torch.Tensor{' or None' if optional else ''}")
+
+
+def _require_int(name: str, given: object, minimum: int = 0, optional: bool = False) -> None:
+    if optional and given is None:
+        return
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(given).__name__}; must be an int{' or None' if optional else ''}")
+    if given < minimum:
+        raise ValueError(f"{name}: got {given}; must be >= {minimum}")
+
+
+def _require_number(name: str, given: object, positive: bool = False) -> None:
+    if given is None:
+        return
+    if isinstance(given, bool) or not isinstance(given, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(given).__name__}; must be a float or None")
+    if given != given or given in (float("inf"), float("-inf")) or (positive and given <= 0):
+        raise ValueError(f"{name}: got {given}; must be {'positive and ' if positive else ''}finite")
+
+
+def _require_no_grad(**tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(f"{name}: requires grad; must not, for the ops have no backward (use torch.no_grad())")
+
+
+def _check_index(name: str, given: Tensor, dtype: torch.dtype, dims: int, device: torch.device, size: Any = None) -> None:
+    """An index tensor: dtype, rank, first size if given, last dimension contiguous, on the ops' device."""
+    if given.dtype != dtype or given.dim() != dims or (size is not None and given.shape[0] != size):
+        shape = "[" + ", ".join([str(size) if size is not None else ":", ":"][:dims]) + "]"
+        _require(False, name, given, f"{dtype} {shape}".replace("torch.", ""))
+    _require(given.device == device, name, given, f"on {device}")
+    if given.stride(-1) != 1 and given.shape[-1] > 1:
+        _require(False, name, given.stride(), "contiguous in its last dimension")
+
+
+def _check_rows(name: str, given: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], tokens: Any = None) -> None:
+    """A tensor of heads per token: [T, H, D]."""
+    if given.dim() != 3 or (tokens is not None and given.shape[0] != tokens):
+        _require(False, name, given, f"[{'T' if tokens is None else tokens}, heads, head_size]")
+    _require(given.dtype in dtypes, name, given, f"one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+    _require(given.device == device, name, given, f"on {device}")
+    _require(given.stride(2) == 1 or given.shape[2] <= 1, name, given.stride(), "contiguous in its last dimension")
+
+
+def _check_caches(key_cache: Tensor, value_cache: Tensor, device: torch.device) -> None:
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        _require(cache.dim() == 4, name, cache, "[num_blocks, block_size, num_kv_heads, head_size]")
+        _require(cache.dtype in _CACHE_DTYPES, name, cache, "fp16, bf16, fp32, float8_e4m3fn, float8_e5m2, int8 or uint8 (int4)")
+        _require(cache.device == device, name, cache, f"on {device}")
+        _require(cache.stride(3) == 1 or cache.shape[3] <= 1, name, cache.stride(), "contiguous in its last dimension")
+    if key_cache.shape[:3] != value_cache.shape[:3]:
+        _require(False, "value_cache", value_cache, f"[{', '.join(map(str, key_cache.shape[:3]))}, :] like key_cache")
+    _require(value_cache.dtype == key_cache.dtype, "value_cache", value_cache, f"{key_cache.dtype} like key_cache")
+    _require(key_cache.shape[1] >= 1, "key_cache", key_cache, "of block_size >= 1")
+    _require(key_cache.shape[2] >= 1, "key_cache", key_cache, "of num_kv_heads >= 1")
+
+
+def _head_size(cache: Tensor) -> int:
+    return cache.shape[3] * 2 if cache.dtype == torch.uint8 else cache.shape[3]
+
+
+def _check_cache_scales(cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is None:
+            continue
+        fits = scale.dim() == 0 or scale.shape == (cache.shape[2],) or scale.shape == cache.shape[:3]
+        blocks, block_size, heads = cache.shape[:3]
+        _require(fits, name, scale, f"0-d, [{heads}] or [{blocks}, {block_size}, {heads}]")
+        _require(scale.dtype == torch.float32, name, scale, "float32")
+        _require(scale.device == cache.device, name, scale, f"on {cache.device}")
+
+
+def _check_head_size(name: str, head_size: int) -> None:
+    if head_size < 8 or head_size % 8 or not (head_size <= 256 or head_size in (512, 576)):
+        raise ValueError(f"{name}: got head size {head_size}; must be a multiple of 8 up to 256, 512 or 576")
+
+
+def _check_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int | None,
+    attention_chunk: int | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    tree_mask: Tensor | None,
+) -> None:
+    device = query.device
+    _check_rows("query", query, device, _QUERY_DTYPES)
+    _check_caches(key_cache, value_cache, device)
+    num_tokens, num_heads, head_size = query.shape
+    num_seqs = seq_lens.shape[0] if seq_lens.dim() else -1
+    _check_index("seq_lens", seq_lens, torch.int32, 1, device)
+    _check_index("block_table", block_table, torch.int32, 2, device, num_seqs)
+    _check_index("query_start_loc", query_start_loc, torch.int32, 1, device, num_seqs + 1)
+    num_kv_heads = key_cache.shape[2]
+    if num_heads < 1 or num_heads % num_kv_heads:
+        _require(False, "query", query, f"of a multiple of key_cache's {num_kv_heads} heads")
+    if _head_size(key_cache) != head_size:
+        _require(False, "key_cache", key_cache, f"of head size {head_size} like query")
+    _check_head_size("query", head_size)
+    _check_head_size("value_cache", _head_size(value_cache))
+    if key_cache.dtype not in LARGEST and query.dtype != key_cache.dtype:
+        _require(False, "key_cache", key_cache, f"{query.dtype} like query, or quantized")
+    if query.dtype == torch.float8_e4m3fn:
+        _require(q_scale is not None, "q_scale", q_scale, "given for a float8_e4m3fn query")
+        _require(key_cache.dtype == torch.float8_e4m3fn, "key_cache", key_cache, "float8_e4m3fn for a float8_e4m3fn query")
+    _require_int("max_query_len", max_query_len, minimum=1 if num_tokens else 0)
+    _require_int("max_seq_len", max_seq_len)
+    _require(max_seq_len <= block_table.shape[1] * key_cache.shape[1], "max_seq_len", max_seq_len, "within block_table")
+    _require_int("sliding_window", sliding_window, minimum=1, optional=True)
+    _require_int("attention_chunk", attention_chunk, minimum=1, optional=True)
+    for name, tensor in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if tensor is not None:
+            fits = tensor.shape == (num_heads,) and tensor.dtype == torch.float32 and tensor.device == device
+            _require(fits, name, tensor, f"float32 [{num_heads}] on {device}")
+    if q_scale is not None:
+        fits = (q_scale.dim() == 0 or q_scale.shape == (num_kv_heads,)) and q_scale.dtype == torch.float32
+        _require(fits and q_scale.device == device, "q_scale", q_scale, f"float32, 0-d or [{num_kv_heads}], on {device}")
+    if k_scale is not None or v_scale is not None:
+        _check_cache_scales(key_cache, k_scale, v_scale)
+    if tree_mask is not None:
+        fits = tree_mask.shape == (num_tokens, max_query_len) and tree_mask.dtype == torch.bool
+        _require(fits and tree_mask.device == device, "tree_mask", tree_mask, f"bool [{num_tokens}, {max_query_len}] on {device}")
+    _require_no_grad(query=query, key_cache=key_cache, value_cache=value_cache, alibi_slopes=alibi_slopes, sinks=sinks)
+
+
+def _check_append(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    device = key.device
+    _check_rows("key", key, device, _FLOAT_DTYPES)
+    _check_rows("value", value, device, (key.dtype,), tokens=key.shape[0])
+    _check_caches(key_cache, value_cache, device)
+    _check_index("slot_mapping", slot_mapping, torch.int64, 1, device, key.shape[0])
+    for name, rows, cache_name, cache in (("key", key, "key_cache", key_cache), ("value", value, "value_cache", value_cache)):
+        if rows.shape[1] != cache.shape[2] or rows.shape[2] != _head_size(cache):
+            _require(False, name, rows, f"[T, {cache.shape[2]}, {_head_size(cache)}] like {cache_name}")
+    if key_cache.dtype in LARGEST:
+        _require(k_scale is not None, "k_scale", k_scale, f"given for a {key_cache.dtype} cache")
+        _require(v_scale is not None, "v_scale", v_scale, f"given for a {value_cache.dtype} cache")
+        _check_cache_scales(key_cache, k_scale, v_scale)
+    else:
+        _require(key_cache.dtype == key.dtype, "key_cache", key_cache, f"{key.dtype} like key, or quantized")
+        _require(k_scale is None, "k_scale", k_scale, f"None for a {key_cache.dtype} cache")
+        _require(v_scale is None, "v_scale", v_scale, f"None for a {value_cache.dtype} cache")
+    _require_no_grad(key=key, value=value, key_cache=key_cache, value_cache=value_cache)
+
+
+def _check_attention_values(
+    key_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor, max_query_len: int, max_seq_len: int, rows: int
+) -> None:
+    """The checks of PAGEDATTN_CHECK=1: they read the tensors, and so synchronize."""
+    lengths, starts = seq_lens.tolist(), query_start_loc.tolist()
+    _require(all(0 <= n <= max_seq_len for n in lengths), "seq_lens", lengths, f"within 0..max_seq_len={max_seq_len}")
+    steps = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    _require(starts[0] == 0 and starts[-1] <= rows, "query_start_loc", starts, f"from 0 to at most {rows}")
+    _require(all(0 <= n <= max_query_len for n in steps), "query_start_loc", starts, f"rising by 0..max_query_len={max_query_len}")
+    blocks = torch.arange(block_table.shape[1], device=block_table.device)
+    used = block_table[blocks * key_cache.shape[1] < seq_lens[:, None]]
+    bad = used[(used < 0) | (used >= key_cache.shape[0])].tolist()
+    _require(not bad, "block_table", bad[:4], f"block ids within 0..{key_cache.shape[0] - 1}")
+
+
+def _check_slot_values(slot_mapping: Tensor, key_cache: Tensor) -> None:
+    slots = slot_mapping[slot_mapping != -1]
+    limit = key_cache.shape[0] * key_cache.shape[1]
+    bad = slots[(slots < -1) | (slots >= limit)].tolist()
+    _require(not bad, "slot_mapping", bad[:4], f"-1 or slots within 0..{limit - 1}")
+    ids, counts = slots.unique(return_counts=True)
+    _require(ids.numel() == slots.numel(), "slot_mapping", ids[counts > 1][:4].tolist(), "without duplicates")
+
+
+# --- geometry: what a plan is made for, from host integers ------------------------------------------------------------
+
+
+@lru_cache
+def _programs(device: torch.device) -> int:
+    """Thread blocks that a device runs at once, two to a multiprocessor."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return INTERPRETER_PROGRAMS
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiling(
+    num_seqs: int, num_heads: int, num_kv_heads: int, head_size: int, max_query_len: int, max_seq_len: int, device: torch.device
+) -> AttentionTiling:
+    return choose_tiling(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        num_seqs=num_seqs,
+        programs=_programs(device),
+    )
+
+
+def _window(sliding_window: int | None, max_seq_len: int) -> int | None:
+    """A window that no sequence outgrows is none."""
+    return None if sliding_window is None or sliding_window >= max_seq_len else sliding_window
+
+
+def _plan_buffers(tiling: AttentionTiling, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        like.new_empty((tiling.max_items, 8), dtype=torch.int32),
+        like.new_empty((tiling.max_merges, 4), dtype=torch.int32),
+        like.new_empty((4,), dtype=torch.int32),
+    )
+
+
+# --- implementations --------------------------------------------------------------------------------------------------
+
+
+def _uses_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda or INTERPRETED
+
+
+def _plan_attention_out(
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    items: Tensor,
+    merges: Tensor,
+    counts: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int | None,
+) -> None:
+    num_seqs = seq_lens.shape[0]
+    tiling = _tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
+    if items.shape != (tiling.max_items, 8) or merges.shape != (tiling.max_merges, 4) or counts.shape != (4,):
+        _require(False, "out", items, f"a plan of {num_seqs} sequences with the same geometry")
+    if _uses_triton(seq_lens):
+        from pagedattn.kernels import plan
+
+        make = plan.plan_attention
+    else:
+        make = plan_reference.plan_attention
+    make(seq_lens, query_start_loc, items, merges, counts, tiling=tiling, sliding_window=_window(sliding_window, max_seq_len))
+
+
+def _check_plan(seq_lens: Tensor, query_start_loc: Tensor, num_heads: int, num_kv_heads: int, head_size: int) -> None:
+    _check_index("seq_lens", seq_lens, torch.int32, 1, seq_lens.device)
+    _check_index("query_start_loc", query_start_loc, torch.int32, 1, seq_lens.device, seq_lens.shape[0] + 1)
+    _require(num_heads % num_kv_heads == 0, "num_heads", num_heads, f"a multiple of num_kv_heads={num_kv_heads}")
+    _check_head_size("head_size", head_size)
+
+
+def _plan_attention(
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    buffers = _plan_attention_fake(
+        seq_lens, query_start_loc, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window
+    )
+    _plan_attention_out(
+        seq_lens, query_start_loc, *buffers, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window
+    )
+    return buffers
+
+
+def _plan_attention_fake(
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
+    num_seqs = seq_lens.shape[0]
+    tiling = _tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
+    return _plan_buffers(tiling, seq_lens)
+
+
+def _attention_outputs(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    attention_chunk: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    tree_mask: Tensor | None,
+    plan: list[Tensor] | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Checks, then the outputs unfilled. This is the fake, and the first half of the real thing."""
+    _check_attention(
+        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len,
+        sliding_window, attention_chunk, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask,
+    )  # fmt: skip
+    dtype = query.dtype if query.dtype in _FLOAT_DTYPES else torch.bfloat16
+    out = query.new_empty((query.shape[0], query.shape[1], _head_size(value_cache)), dtype=dtype)
+    return out, query.new_empty(query.shape[:2] if return_lse else (0, 0), dtype=torch.float32)
+
+
+def _paged_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_outputs(*args)
+    _attend(*args[:-1], out, lse)
+    return out, lse
+
+
+def _paged_attention_out(*args: Any) -> None:
+    out, lse = args[-2:]
+    _check_attention_out(*args)
+    _attend(*args[:-2], out, out.new_empty((0, 0), dtype=torch.float32) if lse is None else lse)
+
+
+def _check_attention_out(*args: Any) -> None:
+    arguments, (out, lse) = args[:-2], args[-2:]
+    query, value_cache = arguments[0], arguments[2]
+    _check_attention(*arguments[:8], *arguments[10:12], *arguments[13:19])
+    _check_rows("out", out, query.device, _FLOAT_DTYPES, tokens=query.shape[0])
+    shape = (*query.shape[:2], _head_size(value_cache))
+    _require(out.shape == shape, "out", out, f"{list(shape)}")
+    if query.dtype in _FLOAT_DTYPES:
+        _require(out.dtype == query.dtype, "out", out, f"{query.dtype} like query")
+    if lse is not None:
+        fits = lse.shape == query.shape[:2] and lse.dtype == torch.float32 and lse.is_contiguous()
+        _require(fits and lse.device == query.device, "lse", lse, f"contiguous float32 {list(query.shape[:2])} on {query.device}")
+
+
+def _attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    attention_chunk: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    tree_mask: Tensor | None,
+    plan: list[Tensor] | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    if CHECK_VALUES:
+        _check_attention_values(
+            key_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, query.shape[0]
+        )
+    if not out.numel():
+        return
+    sliding_window = _window(sliding_window, max_seq_len)
+    if not _uses_triton(query):
+        masking = attention_reference.Masking(
+            causal, sliding_window, attention_chunk, softcap, alibi_slopes, sinks, tree_mask
+        )
+        attention_reference.paged_attention(
+            query, key_cache, value_cache, block_table, seq_lens, query_start_loc,
+            scale=scale, masking=masking, out=out, lse=lse, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
+        return
+    from pagedattn.kernels import attention
+
+    missing = attention.unsupported(
+        head_size=query.shape[2], head_size_v=value_cache.shape[3], query_dtype=query.dtype, cache_dtype=key_cache.dtype,
+        attention_chunk=attention_chunk, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, tree_mask=tree_mask,
+    )  # fmt: skip
+    if missing:
+        raise NotImplementedError(f"paged_attention: {missing} is not in the Triton kernels yet (the CPU reference has it)")
+    num_heads, num_kv_heads, head_size = query.shape[1], key_cache.shape[2], query.shape[2]
+    num_seqs = seq_lens.shape[0]
+    if plan is None:
+        plan = list(
+            _plan_attention(
+                seq_lens, query_start_loc, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window
+            )
+        )
+    tiling = _tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, query.device)
+    items, merges, counts = plan
+    if items.shape[0] != tiling.max_items or merges.shape[0] != tiling.max_merges:
+        _require(False, "plan", items, f"made for these {num_seqs} sequences and this geometry")
+    attention.paged_attention(
+        query, key_cache, value_cache, block_table, items, merges, counts,
+        tiling=tiling, scale=scale, causal=causal, sliding_window=sliding_window, out=out, lse=lse,
+    )  # fmt: skip
+
+
+def _append_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    _check_append(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    if CHECK_VALUES:
+        _check_slot_values(slot_mapping, key_cache)
+    if not _uses_triton(key):
+        cache_reference.append_kv(key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+        return
+    from pagedattn.kernels import cache
+
+    missing = cache.unsupported(key=key, key_cache=key_cache, value_cache=value_cache, k_scale=k_scale, v_scale=v_scale)
+    if missing:
+        raise NotImplementedError(f"append_kv: {missing} is not in the Triton kernels yet (the CPU reference has it)")
+    cache.append_kv(key, value, key_cache, value_cache, slot_mapping)
+
+
+def _check_rope(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    interleaved: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    _check_append(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    _check_rows("query", query, key.device, (key.dtype,), tokens=key.shape[0])
+    _require(query.shape[2] == key.shape[2], "query", query, f"of head size {key.shape[2]} like key")
+    _check_index("positions", positions, torch.int64, 1, key.device, key.shape[0])
+    fits = cos_sin.dim() == 2 and cos_sin.shape[1] % 2 == 0 and 2 <= cos_sin.shape[1] <= key.shape[2]
+    _require(fits and cos_sin.dtype == torch.float32, "cos_sin", cos_sin, f"float32 [:, even and <= {key.shape[2]}]")
+    _require(cos_sin.device == key.device, "cos_sin", cos_sin, f"on {key.device}")
+    _require(cos_sin.stride(1) == 1, "cos_sin", cos_sin.stride(), "contiguous in its last dimension")
+    _require_no_grad(query=query)
+
+
+def _rope_append_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    interleaved: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    _check_rope(
+        query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, interleaved, k_scale, v_scale
+    )
+    if CHECK_VALUES:
+        _check_slot_values(slot_mapping, key_cache)
+        bad = positions[(positions < 0) | (positions >= cos_sin.shape[0])].tolist()
+        _require(not bad, "positions", bad[:4], f"within 0..{cos_sin.shape[0] - 1}")
+    if not _uses_triton(key):
+        cache_reference.rope_append_kv(
+            query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping,
+            interleaved=interleaved, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
+        return
+    from pagedattn.kernels import cache
+
+    missing = cache.unsupported(key=key, key_cache=key_cache, value_cache=value_cache, k_scale=k_scale, v_scale=v_scale)
+    if missing:
+        raise NotImplementedError(f"rope_append_kv: {missing} is not in the Triton kernels yet (the CPU reference has it)")
+    cache.rope_append_kv(
+        query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, interleaved=interleaved
+    )
+
+
+def _check_copy(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
+    pairs = (("dst_key", dst_key, "src_key", src_key), ("dst_value", dst_value, "src_value", src_value))
+    for name, destination, source_name, source in pairs:
+        _require(source.dim() >= 2, source_name, source, "[num_blocks, ...]")
+        fits = destination.shape[1:] == source.shape[1:] and destination.dtype == source.dtype
+        _require(fits, name, destination, f"{source.dtype} with blocks of {list(source.shape[1:])} like {source_name}")
+    fits = block_mapping.dim() == 2 and block_mapping.shape[1] == 2 and block_mapping.dtype == torch.int64
+    _require(fits, "block_mapping", block_mapping, "int64 [:, 2]")
+    _require_no_grad(src_key=src_key, src_value=src_value, dst_key=dst_key, dst_value=dst_value)
+
+
+def _copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
+    _check_copy(src_key, src_value, dst_key, dst_value, block_mapping)
+    if CHECK_VALUES:
+        for column, cache in ((0, src_key), (1, dst_key)):
+            ids = block_mapping[:, column]
+            bad = ids[(ids < 0) | (ids >= cache.shape[0])].tolist()
+            _require(not bad, "block_mapping", bad[:4], f"block ids within 0..{cache.shape[0] - 1} in column {column}")
+    cache_reference.copy_blocks(src_key, src_value, dst_key, dst_value, block_mapping)
+
+
+def _check_gather(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    max_seq_len: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    device = key_cache.device
+    _check_caches(key_cache, value_cache, device)
+    _check_index("seq_lens", seq_lens, torch.int32, 1, device)
+    _check_index("block_table", block_table, torch.int32, 2, device, seq_lens.shape[0])
+    _require_int("max_seq_len", max_seq_len)
+    _check_cache_scales(key_cache, k_scale, v_scale)
+    _require_no_grad(key_cache=key_cache, value_cache=value_cache)
+
+
+def _gather_kv_fake(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    max_seq_len: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    _check_gather(key_cache, value_cache, block_table, seq_lens, max_seq_len, k_scale, v_scale)
+    dtype = _gathered_dtype(key_cache, dtype)
+    rows = (seq_lens.shape[0], max_seq_len, key_cache.shape[2])
+    return (
+        key_cache.new_empty((*rows, _head_size(key_cache)), dtype=dtype),
+        value_cache.new_empty((*rows, _head_size(value_cache)), dtype=dtype),
+    )
+
+
+def _gathered_dtype(key_cache: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        dtype = torch.bfloat16 if key_cache.dtype in LARGEST else key_cache.dtype
+    _require(dtype in _FLOAT_DTYPES, "dtype", dtype, "torch.float16, torch.bfloat16 or torch.float32")
+    return dtype
+
+
+def _gather_kv(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    max_seq_len: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    _check_gather(key_cache, value_cache, block_table, seq_lens, max_seq_len, k_scale, v_scale)
+    if CHECK_VALUES:
+        reach = min(max_seq_len, block_table.shape[1] * key_cache.shape[1])
+        _require(bool((seq_lens <= reach).all()), "seq_lens", seq_lens.tolist(), f"at most {reach}")
+    return cache_reference.gather_kv(
+        key_cache, value_cache, block_table, seq_lens,
+        max_seq_len=max_seq_len, k_scale=k_scale, v_scale=v_scale, dtype=_gathered_dtype(key_cache, dtype),
+    )  # fmt: skip
+
+
+def _merge_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    _require(out_a.dim() == 3 and out_a.dtype in _FLOAT_DTYPES, "out_a", out_a, "fp16, bf16 or fp32 [T, Hq, Dv]")
+    _require(out_b.shape == out_a.shape and out_b.dtype == out_a.dtype, "out_b", out_b, f"{_describe(out_a)} like out_a")
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        fits = lse.shape == out_a.shape[:2] and lse.dtype == torch.float32
+        _require(fits, name, lse, f"float32 {list(out_a.shape[:2])}")
+    for name, tensor in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        _require(tensor.device == out_a.device, name, tensor, f"on {out_a.device}")
+    _require_no_grad(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return torch.empty_like(out_a, memory_format=torch.contiguous_format), lse_a.new_empty(lse_a.shape)
+
+
+def _merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    _merge_fake(out_a, lse_a, out_b, lse_b)
+    return attention_reference.merge_attention_states(out_a, lse_a, out_b, lse_b)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+def _register(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _library.define(name + signature)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"pagedattn::{name}", fake, lib=_library)
+
+
+def _fake_of_mutation(check: Callable[..., None]) -> Callable[..., None]:
+    """The fake of an op that only writes its arguments: its checks."""
+
+    def fake(*args: Any) -> None:
+        check(*args)
+
+    return fake
+
+
+_PLAN = "SymInt num_heads, SymInt num_kv_heads, SymInt head_size, SymInt max_query_len, SymInt max_seq_len, SymInt? sliding_window"
+_register(
+    "plan_attention",
+    f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor, Tensor)",
+    _plan_attention,
+    _plan_attention_fake,
+)
+_register(
+    "plan_attention.out",
+    f"(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) items, Tensor(b!) merges, Tensor(c!) counts, {_PLAN}) -> ()",
+    _plan_attention_out,
+    lambda *args: None,
+)
+_ATTENTION = (
+    "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, "
+    "SymInt max_query_len, SymInt max_seq_len, float scale, bool causal, SymInt? sliding_window, SymInt? attention_chunk, "
+    "float? softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, "
+    "Tensor? tree_mask, Tensor[]? plan, "
+)
+_register("paged_attention", f"({_ATTENTION}bool return_lse) -> (Tensor, Tensor)", _paged_attention, _attention_outputs)
+_register(
+    "paged_attention.out",
+    f"({_ATTENTION}Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    _paged_attention_out,
+    _fake_of_mutation(_check_attention_out),
+)
+_CACHES = "Tensor({}!) key_cache, Tensor({}!) value_cache, Tensor slot_mapping, "
+_SCALES = "Tensor({}!)? k_scale, Tensor({}!)? v_scale) -> ()"
+_register(
+    "append_kv",
+    "(Tensor key, Tensor value, " + _CACHES.format("a", "b") + _SCALES.format("c", "d"),
+    _append_kv,
+    _fake_of_mutation(_check_append),
+)
+_register(
+    "rope_append_kv",
+    "(Tensor(a!) query, Tensor key, Tensor value, Tensor cos_sin, Tensor positions, "
+    + _CACHES.format("b", "c")
+    + "bool interleaved, "
+    + _SCALES.format("d", "e"),
+    _rope_append_kv,
+    _fake_of_mutation(_check_rope),
+)
+_register(
+    "copy_blocks",
+    "(Tensor src_key, Tensor src_value, Tensor(a!) dst_key, Tensor(b!) dst_value, Tensor block_mapping) -> ()",
+    _copy_blocks,
+    _fake_of_mutation(_check_copy),
+)
+_register(
+    "gather_kv",
+    "(Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, SymInt max_seq_len, Tensor? k_scale, "
+    "Tensor? v_scale, ScalarType? dtype) -> (Tensor, Tensor)",
+    _gather_kv,
+    _gather_kv_fake,
+)
+_register(
+    "merge_attention_states",
+    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+    _merge_attention_states,
+    _merge_fake,
+)
+
+
+# --- what people call -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a step's attention is cut up, made once by ``plan_attention`` for all layers of one geometry.
+
+    The tensors' layout is ``kernels/plan_reference.py``'s; the rest is the geometry that the plan was made for.
+    """
+
+    items: Tensor
+    merges: Tensor
+    counts: Tensor
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+    block_size: int
+    max_query_len: int
+    max_seq_len: int
+    sliding_window: int | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.items, self.merges, self.counts]
+
+
+def plan_attention(
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    head_size_v: int | None = None,
+    block_size: int,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int | None = None,
+    batch_invariant: bool = False,
+    out: AttentionPlan | None = None,
+) -> AttentionPlan:
+    """Plan one step's attention on the device, for every layer of this geometry.
+
+    Args:
+        seq_lens: int32 [B], tokens in the cache, the new ones included.
+        query_start_loc: int32 [B + 1], first row of each sequence's query tokens.
+        num_heads, num_kv_heads, head_size, head_size_v, block_size: the layers' geometry; head_size_v None = head_size.
+        max_query_len, max_seq_len: upper bounds, host ints. They and B decide every buffer's size.
+        sliding_window: as in ``paged_attention``.
+        batch_invariant: not implemented yet.
+        out: a plan of the same geometry, rewritten in place (same addresses, as a CUDA graph needs).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+        NotImplementedError: for batch_invariant=True.
+    """
+    _require_tensor("seq_lens", seq_lens)
+    _require_tensor("query_start_loc", query_start_loc)
+    for name, given in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("block_size", block_size)):
+        _require_int(name, given, minimum=1)
+    _require_int("head_size", head_size)
+    _require_int("head_size_v", head_size_v, optional=True)
+    _require_int("max_query_len", max_query_len)
+    _require_int("max_seq_len", max_seq_len)
+    _require_int("sliding_window", sliding_window, minimum=1, optional=True)
+    if batch_invariant:
+        raise NotImplementedError("plan_attention: batch_invariant is not implemented yet")
+    head_size_v = head_size if head_size_v is None else head_size_v
+    geometry = (num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window)
+    arguments = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window)
+    if out is None:
+        return AttentionPlan(*torch.ops.pagedattn.plan_attention(seq_lens, query_start_loc, *arguments), *geometry)
+    if not isinstance(out, AttentionPlan):
+        raise TypeError(f"out: got {type(out).__name__}; must be an AttentionPlan or None")
+    _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
+    _require_geometry("out", out, geometry)
+    torch.ops.pagedattn.plan_attention.out(seq_lens, query_start_loc, *out.tensors, *arguments)
+    return out
+
+
+def _require_geometry(name: str, plan: AttentionPlan, geometry: tuple[int | None, ...]) -> None:
+    made_for = (
+        plan.num_heads, plan.num_kv_heads, plan.head_size, plan.head_size_v, plan.block_size,
+        plan.max_query_len, plan.max_seq_len, plan.sliding_window,
+    )  # fmt: skip
+    if made_for != geometry:
+        names = "num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window"
+        raise ValueError(f"{name}: got a plan for ({names}) = {made_for}; must be for {geometry}")
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    max_query_len: int,
+    max_seq_len: int | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    attention_chunk: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    plan: AttentionPlan | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each sequence's query tokens over its keys and values in a paged cache.
+
+    A query's position is seq_len - query_len + its index. A logit is scaled, softcapped, gets ALiBi, then is masked; the
+    sink joins the denominator last. A query that sees no key gives 0 and a log-sum-exp of -inf (the sink's value with a
+    sink); rows past query_start_loc[B] and positions below 0 give 0 and -inf.
+
+    Args:
+        query: [T, Hq, D] fp16, bf16, fp32, or float8_e4m3fn with q_scale (then the result is bf16).
+        key_cache: [N, S, Hkv, D], any strides with stride(-1) == 1; the query's dtype, or quantized (float8_e4m3fn,
+            float8_e5m2, int8, or uint8 holding int4 pairs).
+        value_cache: [N, S, Hkv, Dv]; may share memory with key_cache.
+        block_table: int32 [B, max_blocks].
+        seq_lens: int32 [B], tokens in the cache, the new ones included; 0 is allowed.
+        query_start_loc: int32 [B + 1]; a decode batch is 0, 1, 2, ...
+        max_query_len: upper bound of the query lengths, a host int.
+        max_seq_len: upper bound of seq_lens, a host int; None = the plan's, or max_blocks * S.
+        scale: None = D ** -0.5.
+        causal: a query sees no key after its own position.
+        sliding_window: w: |query position - key position| < w.
+        attention_chunk: c: a query sees only keys of its own chunk of c positions.
+        softcap: logits become softcap * tanh(logit / softcap).
+        alibi_slopes: fp32 [Hq]; adds -slope * |query position - key position|.
+        sinks: fp32 [Hq], one logit more in each softmax's denominator.
+        q_scale: fp32, 0-d or [Hkv].
+        k_scale, v_scale: fp32, 0-d, [Hkv] or [N, S, Hkv].
+        tree_mask: bool [T, max_query_len]; columns are the sequence's query tokens; replaces causal among them.
+        plan: from ``plan_attention`` with the same geometry and lengths; None makes one, at the cost of a launch.
+        out: [T, Hq, Dv] to write into.
+        return_lse: also return the log-sum-exp, fp32 [T, Hq], natural logarithm.
+
+    Returns:
+        [T, Hq, Dv], or that and the log-sum-exp.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+        NotImplementedError: naming a feature that the Triton kernels do not have yet.
+    """
+    for name, given in (
+        ("query", query),
+        ("key_cache", key_cache),
+        ("value_cache", value_cache),
+        ("block_table", block_table),
+        ("seq_lens", seq_lens),
+        ("query_start_loc", query_start_loc),
+    ):
+        _require_tensor(name, given)
+    for name, given in (
+        ("alibi_slopes", alibi_slopes),
+        ("sinks", sinks),
+        ("q_scale", q_scale),
+        ("k_scale", k_scale),
+        ("v_scale", v_scale),
+        ("tree_mask", tree_mask),
+        ("out", out),
+    ):
+        if given is not None:
+            _require_tensor(name, given, optional=True)
+    _require_number("scale", scale)
+    _require_number("softcap", softcap, positive=True)
+    _require_int("max_query_len", max_query_len)
+    _require(query.dim() == 3, "query", query, "[T, Hq, D]")
+    _require(key_cache.dim() == 4, "key_cache", key_cache, "[num_blocks, block_size, num_kv_heads, head_size]")
+    _require(value_cache.dim() == 4, "value_cache", value_cache, "[num_blocks, block_size, num_kv_heads, head_size_v]")
+    _require(block_table.dim() == 2, "block_table", block_table, "int32 [B, max_blocks]")
+    if scale is None:
+        scale = query.shape[2] ** -0.5
+    if max_seq_len is None:
+        max_seq_len = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.max_seq_len
+    if plan is not None:
+        if not isinstance(plan, AttentionPlan):
+            raise TypeError(f"plan: got {type(plan).__name__}; must be an AttentionPlan or None")
+        geometry = (
+            query.shape[1], key_cache.shape[2], query.shape[2], _head_size(value_cache), key_cache.shape[1],
+            max_query_len, max_seq_len, sliding_window,
+        )  # fmt: skip
+        _require_geometry("plan", plan, geometry)
+    arguments = (
+        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, float(scale),
+        causal, sliding_window, attention_chunk, None if softcap is None else float(softcap), alibi_slopes, sinks,
+        q_scale, k_scale, v_scale, tree_mask, None if plan is None else plan.tensors,
+    )  # fmt: skip
+    if out is None:
+        out, lse = torch.ops.pagedattn.paged_attention(*arguments, return_lse)
+        return (out, lse) if return_lse else out
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32) if return_lse else None
+    torch.ops.pagedattn.paged_attention.out(*arguments, out, lse)
+    return (out, lse) if lse is not None else out
+
+
+def append_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Store each token's key and value in its slot of the paged cache, quantizing if the cache is quantized.
+
+    Args:
+        key: [T, Hkv, D] fp16, bf16 or fp32.
+        value: [T, Hkv, Dv], the key's dtype.
+        key_cache, value_cache: [N, S, Hkv, D] and [N, S, Hkv, Dv], written in place.
+        slot_mapping: int64 [T]: block * S + offset; -1 skips the token. Slots must not repeat.
+        k_scale, v_scale: fp32, for quantized caches: 0-d and [Hkv] are read, [N, S, Hkv] are written.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+        NotImplementedError: naming a feature that the Triton kernels do not have yet.
+    """
+    for name, given in (("key", key), ("value", value), ("key_cache", key_cache), ("value_cache", value_cache)):
+        _require_tensor(name, given)
+    _require_tensor("slot_mapping", slot_mapping)
+    _require_tensor("k_scale", k_scale, optional=True)
+    _require_tensor("v_scale", v_scale, optional=True)
+    torch.ops.pagedattn.append_kv(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+
+
+def rope_append_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Rotate query in place by its positions, and store the rotated key and the value in the paged cache.
+
+    Args:
+        query: [T, Hq, D], rotated in place.
+        key: [T, Hkv, D], not modified.
+        value: [T, Hkv, Dv].
+        cos_sin: fp32 [P, rotary_dim]: per position, the cosines of the rotary_dim / 2 angles, then their sines.
+        positions: int64 [T], within 0..P - 1 (also where slot_mapping is -1).
+        key_cache, value_cache, slot_mapping, k_scale, v_scale: as in ``append_kv``.
+        interleaved: rotate pairs (0, 1), (2, 3), ... instead of (0, rotary_dim / 2), (1, rotary_dim / 2 + 1), ...
+        rotary_dim: how many leading elements of a head are rotated; None = cos_sin's width, which it must equal.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+        NotImplementedError: naming a feature that the Triton kernels do not have yet.
+    """
+    for name, given in (
+        ("query", query),
+        ("key", key),
+        ("value", value),
+        ("cos_sin", cos_sin),
+        ("positions", positions),
+        ("key_cache", key_cache),
+        ("value_cache", value_cache),
+        ("slot_mapping", slot_mapping),
+    ):
+        _require_tensor(name, given)
+    _require_tensor("k_scale", k_scale, optional=True)
+    _require_tensor("v_scale", v_scale, optional=True)
+    if rotary_dim is not None:
+        _require_int("rotary_dim", rotary_dim, minimum=2)
+        _require(cos_sin.dim() == 2 and rotary_dim == cos_sin.shape[1], "rotary_dim", rotary_dim, "cos_sin.shape[1]")
+    torch.ops.pagedattn.rope_append_kv(
+        query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, interleaved, k_scale, v_scale
+    )
+
+
+def copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
+    """Copy whole blocks between caches, on one device or across; everything is read before anything is written.
+
+    Args:
+        src_key, src_value: caches [N, ...] to read.
+        dst_key, dst_value: caches [M, ...] with blocks of the same shape and dtype, written in place; may be the sources.
+        block_mapping: int64 [P, 2] of (source block, destination block). Destinations must not repeat.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+    """
+    for name, given in (("src_key", src_key), ("src_value", src_value), ("dst_key", dst_key), ("dst_value", dst_value)):
+        _require_tensor(name, given)
+    _require_tensor("block_mapping", block_mapping)
+    torch.ops.pagedattn.copy_blocks(src_key, src_value, dst_key, dst_value, block_mapping)
+
+
+def gather_kv(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_seq_len: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read each sequence's keys and values out of the paged cache, dequantized, side by side.
+
+    Args:
+        key_cache, value_cache, block_table, seq_lens, k_scale, v_scale: as in ``paged_attention``.
+        max_seq_len: length of the result; must be at least every length.
+        dtype: fp16, bf16 or fp32; None = the cache's, bf16 if that is quantized.
+
+    Returns:
+        [B, max_seq_len, Hkv, D] and [B, max_seq_len, Hkv, Dv], zero past each length.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+    """
+    for name, given in (("key_cache", key_cache), ("value_cache", value_cache), ("block_table", block_table)):
+        _require_tensor(name, given)
+    _require_tensor("seq_lens", seq_lens)
+    _require_tensor("k_scale", k_scale, optional=True)
+    _require_tensor("v_scale", v_scale, optional=True)
+    _require_int("max_seq_len", max_seq_len)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: got {type(dtype).__name__}; must be a torch.dtype or None")
+    return torch.ops.pagedattn.gather_kv(
+        key_cache, value_cache, block_table, seq_lens, max_seq_len, k_scale, v_scale, dtype
+    )
+
+
+def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the attention over each (for shared prefixes, context parallelism).
+
+    Args:
+        out_a, out_b: [T, Hq, Dv], one dtype.
+        lse_a, lse_b: fp32 [T, Hq], natural logarithm; -inf where a part saw no key.
+
+    Returns:
+        [T, Hq, Dv] and fp32 [T, Hq]; two -inf merge to 0 and -inf.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+    """
+    for name, given in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        _require_tensor(name, given)
+    return torch.ops.pagedattn.merge_attention_states(out_a, lse_a, out_b, lse_b)
