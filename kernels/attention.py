@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedattn.kernels.launcher import Launcher, is_aligned
 from pagedattn.kernels.tiling import MAX_HEAD_SIZE, AttentionTiling, choose_launch, next_power_of_2
 
 LOG2E = 1.4426950408889634
@@ -105,6 +106,13 @@ def attend_keys(
 
 
 @triton.jit
+def finish_softmax(accumulator, maximum, denominator):
+    """Normalized result [ROWS, D] and log2-sum-exp [ROWS]; 0 and -inf where nothing was visible."""
+    denominator = tl.where(denominator == 0.0, 1.0, denominator)
+    return accumulator / denominator[:, None], maximum + tl.log2(denominator)
+
+
+@triton.jit
 def write_rows(
     out_ptr,
     lse_ptr,
@@ -129,7 +137,10 @@ def write_rows(
         tl.store(lse_ptr + row_token.to(tl.int64) * num_heads + row_head, lse, mask=row_exists)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["scale_log2", "sliding_window", "num_tokens"],
+    do_not_specialize_on_alignment=["lse_ptr", "partial_lse_ptr", "block_table_ptr", "items_ptr", "counts_ptr"],
+)
 def paged_attention_kernel(
     out_ptr,
     lse_ptr,
@@ -246,8 +257,7 @@ def paged_attention_kernel(
             HEAD_DIM, HEAD_DIM_PADDED, BLOCK_SIZE, BLOCK_N, CAUSAL, HAS_WINDOW, MASKED=True,
         )  # fmt: skip
 
-        result = accumulator / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
-        lse_log2 = maximum + tl.log2(denominator)  # -inf where nothing was visible
+        result, lse_log2 = finish_softmax(accumulator, maximum, denominator)
         if slot < 0:
             write_rows(
                 out_ptr, lse_ptr, result, lse_log2 * 0.6931471805599453, row_token, row_head, row_exists, num_heads,
@@ -260,7 +270,7 @@ def paged_attention_kernel(
             tl.store(partial_lse_ptr + partial_row, lse_log2, mask=row_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lse_ptr", "partial_lse_ptr", "merges_ptr", "counts_ptr"])
 def merge_partials_kernel(
     out_ptr,
     lse_ptr,
@@ -284,7 +294,7 @@ def merge_partials_kernel(
     if merge < tl.load(counts_ptr + 1):
         first_row = tl.load(merges_ptr + merge * 4)
         queries = tl.load(merges_ptr + merge * 4 + 1)
-        first_slot = tl.load(merges_ptr + merge * 4 + 2)
+        first_slot = tl.load(merges_ptr + merge * 4 + 2).to(tl.int64)
         num_slots = tl.load(merges_ptr + merge * 4 + 3)
         row = tl.arange(0, ROWS)
         dim = tl.arange(0, HEAD_DIM_PADDED)
@@ -294,8 +304,8 @@ def merge_partials_kernel(
         accumulator = tl.zeros([ROWS, HEAD_DIM_PADDED], dtype=tl.float32)
         maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
         denominator = tl.zeros([ROWS], dtype=tl.float32)
-        for slot in tl.range(first_slot, first_slot + num_slots):
-            partial_row = (slot.to(tl.int64) * num_kv_heads + kv_head) * ROWS + row
+        for index in tl.range(0, num_slots):
+            partial_row = ((first_slot + index) * num_kv_heads + kv_head) * ROWS + row
             lse = tl.load(partial_lse_ptr + partial_row, mask=row_exists, other=float("-inf"))
             partial = tl.load(partial_out_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
             new_maximum = tl.maximum(maximum, lse)
@@ -305,8 +315,7 @@ def merge_partials_kernel(
             accumulator = accumulator * correction[:, None] + partial * weight[:, None]
             denominator = denominator * correction + weight
             maximum = new_maximum
-        result = accumulator / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
-        lse_log2 = maximum + tl.log2(denominator)
+        result, lse_log2 = finish_softmax(accumulator, maximum, denominator)
         row_head = kv_head * GROUP + row % GROUP
         write_rows(
             out_ptr, lse_ptr, result, lse_log2 * 0.6931471805599453, first_row + row_query, row_head, row_exists,
@@ -327,7 +336,7 @@ def paged_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
-    items: Tensor,
+    plan_items: Tensor,
     merges: Tensor,
     counts: Tensor,
     *,
@@ -348,73 +357,54 @@ def paged_attention(
     padded = max(16, next_power_of_2(head_size))
     # Every sequence has at most one ragged tile, and so has the padding behind the last sequence.
     num_seqs = block_table.shape[0]
-    tiles = min(num_seqs * tiling.tiles_per_sequence, num_tokens // tiling.queries_per_tile + num_seqs)
-    programs = tiles + tiling.max_items - num_seqs * tiling.tiles_per_sequence
-    programs += num_tokens // tiling.queries_per_tile + 1
-    partial_out = out.new_empty((tiling.max_slots, num_kv_heads, tiling.rows, head_size), dtype=torch.float32)
-    partial_lse = out.new_empty((tiling.max_slots, num_kv_heads, tiling.rows), dtype=torch.float32)
+    all_tiles = num_seqs * tiling.tiles_per_sequence
+    items = min(all_tiles, num_tokens // tiling.queries_per_tile + num_seqs) + tiling.max_items - all_tiles
+    items += num_tokens // tiling.queries_per_tile + 1
+    slots = tiling.max_slots * num_kv_heads * tiling.rows
+    partial_lse = out.new_empty(slots * (head_size + 1), dtype=torch.float32)
+    partial_out = partial_lse[slots:]
     return_lse = lse.numel() > 0
-    with torch.cuda.device_of(query):
-        paged_attention_kernel[(programs * num_kv_heads,)](
-            out,
-            lse,
-            partial_out,
-            partial_lse,
-            query,
-            key_cache,
-            value_cache,
-            block_table,
-            items,
-            counts,
-            scale * LOG2E,
-            sliding_window or 0,
-            num_tokens,
-            num_kv_heads,
-            out.stride(0),
-            out.stride(1),
-            query.stride(0),
-            query.stride(1),
-            key_cache.stride(0),
-            key_cache.stride(1),
-            key_cache.stride(2),
-            value_cache.stride(0),
-            value_cache.stride(1),
-            value_cache.stride(2),
-            block_table.stride(0),
-            GROUP=group,
-            HEAD_DIM=head_size,
-            HEAD_DIM_PADDED=padded,
-            BLOCK_SIZE=key_cache.shape[1],
-            ROWS=tiling.rows,
-            QUERIES_PER_TILE=tiling.queries_per_tile,
-            BLOCK_N=launch.block_n,
-            CAUSAL=causal,
-            HAS_WINDOW=sliding_window is not None,
-            RETURN_LSE=return_lse,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
-        if tiling.max_merges:
-            merge_partials_kernel[(tiling.max_merges * num_kv_heads,)](
-                out,
-                lse,
-                partial_out,
-                partial_lse,
-                merges,
-                counts,
-                num_kv_heads,
-                out.stride(0),
-                out.stride(1),
-                GROUP=group,
-                HEAD_DIM=head_size,
-                HEAD_DIM_PADDED=padded,
-                ROWS=tiling.rows,
-                RETURN_LSE=return_lse,
-                num_warps=4,
-            )
+    stride_out_token, stride_out_head, _ = out.stride()
+    strides = (
+        stride_out_token, stride_out_head, *query.stride()[:2],
+        *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0),
+    )  # fmt: skip
+    constants = (
+        group, head_size, padded, key_cache.shape[1], tiling.rows, tiling.queries_per_tile, launch.block_n,
+        causal, sliding_window is not None, return_lse,
+    )  # fmt: skip
+    launch_attention(
+        (query.dtype, num_kv_heads, strides, constants, is_aligned(out, query, key_cache, value_cache)),
+        (items * num_kv_heads, 1, 1),
+        (
+            out, lse, partial_out, partial_lse, query, key_cache, value_cache, block_table, plan_items, counts,
+            scale * LOG2E, sliding_window or 0, num_tokens, num_kv_heads, *strides, *constants,
+        ),
+        device=query.device,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )  # fmt: skip
+    if tiling.max_merges:
+        constants = (group, head_size, padded, tiling.rows, return_lse)
+        launch_merge(
+            (query.dtype, num_kv_heads, stride_out_token, stride_out_head, constants, is_aligned(out)),
+            (tiling.max_merges * num_kv_heads, 1, 1),
+            (
+                out, lse, partial_out, partial_lse, merges, counts,
+                num_kv_heads, stride_out_token, stride_out_head, *constants,
+            ),
+            device=query.device,
+            num_warps=4,
+        )  # fmt: skip
 
 
-def unsupported(*, head_size: int, head_size_v: int, query_dtype: torch.dtype, cache_dtype: torch.dtype, **given: object) -> str:
+launch_attention = Launcher(paged_attention_kernel)
+launch_merge = Launcher(merge_partials_kernel)
+
+
+def unsupported(
+    *, head_size: int, head_size_v: int, query_dtype: torch.dtype, cache_dtype: torch.dtype, **given: object
+) -> str:
     """The name of the first feature that these kernels do not have yet, or an empty string. ``given`` maps arguments to values."""
     for name, value in given.items():
         if value is not None:

@@ -50,7 +50,9 @@ class Group:
         steps = torch.arange(self.queries, device=device)
         self.rows = row[:, None] + steps  # [G, Q]
         self.query_position = (position[:, None] + steps)[:, :, None]  # [G, Q, 1]
-        self.origin, self.first_key, self.end_key = (c[:, None, None] for c in (origin, first_key, end_key))  # [G, 1, 1]
+        self.origin, self.first_key, self.end_key = (
+            c[:, None, None] for c in (origin, first_key, end_key)
+        )  # [G, 1, 1]
 
     def table(self, block_table: Tensor, start: int, count: int, block_size: int) -> Tensor:
         """Ids of each tile's blocks start..start + count, [G, count]; blocks that it does not reach read as block 0."""
@@ -101,7 +103,9 @@ def paged_attention(
     for group in _group_tiles(tiles, block_size, lambda tile: max(kv_elements, num_heads * tile.queries)):
         columns = Group(group, block_size, query.device)
         group_query = dequantize(query[columns.rows], q_scale) * scale
-        result, result_lse = _attend(group_query, key_cache, value_cache, block_table, columns, masking, k_scale, v_scale)
+        result, result_lse = _attend(
+            group_query, key_cache, value_cache, block_table, columns, masking, k_scale, v_scale
+        )
         out[columns.rows] = result.to(out.dtype)
         if lse.numel():
             lse[columns.rows] = result_lse
@@ -121,7 +125,10 @@ def _cut_tiles(seq_lens: list[int], query_start_loc: list[int], tile_queries: in
             if window is not None:
                 first_key, end_key = max(0, position - window + 1), min(seq_len, last + window)
             if chunk is not None:
-                first_key, end_key = max(first_key, position // chunk * chunk), min(end_key, (last // chunk + 1) * chunk)
+                first_key, end_key = (
+                    max(first_key, position // chunk * chunk),
+                    min(end_key, (last // chunk + 1) * chunk),
+                )
             if masking.causal and masking.tree_mask is None:
                 end_key = min(end_key, last + 1)
             tiles.append(Tile(sequence, row, queries, position, origin, first_key, end_key))
@@ -232,7 +239,7 @@ def _finish(
     maximum: Tensor, denominator: Tensor, accumulator: Tensor, queries: int, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Normalize [Hkv, G, rows(, Dv)] and restore [G, Q, Hq(, Dv)]."""
-    num_kv_heads, tiles, rows, head_size_v = accumulator.shape
+    num_kv_heads, tiles, rows, _head_size_v = accumulator.shape
     if sinks is not None:
         sink = sinks.view(num_kv_heads, 1, 1, rows // queries).expand(-1, tiles, queries, -1).reshape(maximum.shape)
         total = torch.maximum(maximum, sink)

@@ -7,11 +7,11 @@ offset, -1 skips; cos_sin [P, rotary_dim], cosines in its first half. A program 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedattn.kernels.launcher import Launcher, is_aligned
 from pagedattn.kernels.tiling import next_power_of_2
 
 
@@ -53,7 +53,7 @@ def rotate_heads(
     tl.store(destination + second_dim[None, :], (y * cos + x * sin).to(first.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"])
 def append_kv_kernel(
     query_ptr,
     key_ptr,
@@ -158,48 +158,35 @@ def _launch(
     interleaved: bool,
 ) -> None:
     num_tokens, num_kv_heads, head_size = key.shape
-    if not num_tokens:
-        return
-    rotary_dim = cos_sin.shape[1] if cos_sin is not None else 0
-    num_heads = query.shape[1] if query is not None else 1
-    head_size_v = value.shape[2]
-    with torch.cuda.device_of(key):
-        append_kv_kernel[(num_tokens, 1 if query is None else 2)](
-            query,
-            key,
-            value,
-            cos_sin,
-            positions,
-            key_cache,
-            value_cache,
-            slot_mapping,
-            query.stride(0) if query is not None else 0,
-            query.stride(1) if query is not None else 0,
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            cos_sin.stride(0) if cos_sin is not None else 0,
-            key_cache.stride(0),
-            key_cache.stride(1),
-            key_cache.stride(2),
-            value_cache.stride(0),
-            value_cache.stride(1),
-            value_cache.stride(2),
-            BLOCK_SIZE=key_cache.shape[1],
-            NUM_HEADS=num_heads,
-            HEADS_PADDED=next_power_of_2(num_heads),
-            NUM_KV_HEADS=num_kv_heads,
-            KV_HEADS_PADDED=next_power_of_2(num_kv_heads),
-            HEAD_DIM=head_size,
-            HEAD_DIM_V=head_size_v,
-            HEAD_DIM_V_PADDED=next_power_of_2(head_size_v),
-            ROTARY_DIM=rotary_dim,
-            PAIRS_PADDED=next_power_of_2(max(1, rotary_dim // 2)),
-            REST_PADDED=next_power_of_2(max(1, head_size - rotary_dim)),
-            INTERLEAVED=interleaved,
-            num_warps=4,
-        )
+    rotary_dim = 0
+    query_strides: tuple[int, ...] = (0, 0)
+    stride_cos_sin, num_heads, aligned = 0, 1, is_aligned(key, value, key_cache, value_cache)
+    if query is not None and cos_sin is not None:
+        query_strides, num_heads = query.stride()[:2], query.shape[1]
+        stride_cos_sin, rotary_dim = cos_sin.stride(0), cos_sin.shape[1]
+        aligned += is_aligned(query, cos_sin)
+    strides = (
+        *query_strides, *key.stride()[:2], *value.stride()[:2], stride_cos_sin,
+        *key_cache.stride()[:3], *value_cache.stride()[:3],
+    )  # fmt: skip
+    constants = (
+        key_cache.shape[1],
+        num_heads, next_power_of_2(num_heads), num_kv_heads, next_power_of_2(num_kv_heads),
+        head_size, value.shape[2], next_power_of_2(value.shape[2]),
+        rotary_dim, next_power_of_2(max(1, rotary_dim // 2)), next_power_of_2(max(1, head_size - rotary_dim)), interleaved,
+    )  # fmt: skip
+    launch_append(
+        (key.dtype, strides, constants, aligned),
+        (num_tokens, 1 if query is None else 2, 1),
+        (
+            query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, *strides, *constants,
+        ),
+        device=key.device,
+        num_warps=4,
+    )  # fmt: skip
+
+
+launch_append = Launcher(append_kv_kernel)
 
 
 def unsupported(*, key: Tensor, key_cache: Tensor, value_cache: Tensor, **given: object) -> str:

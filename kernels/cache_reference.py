@@ -97,7 +97,9 @@ def gather_kv(
     if not key_cache.shape[0] or not block_table.shape[1]:
         ids = torch.zeros_like(inside, dtype=torch.int64)
     else:
-        ids = block_table[:, (position // block_size).clamp_max(block_table.shape[1] - 1)].long().masked_fill(~inside, 0)
+        ids = (
+            block_table[:, (position // block_size).clamp_max(block_table.shape[1] - 1)].long().masked_fill(~inside, 0)
+        )
 
     def read(cache: Tensor, scale: Tensor | None) -> Tensor:
         if not cache.shape[0]:

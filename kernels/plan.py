@@ -11,10 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedattn.kernels.launcher import Launcher
 from pagedattn.kernels.tiling import CHUNK_ALIGNMENT, MIN_CHUNK, AttentionTiling, next_power_of_2
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_seqs", "sliding_window", "target_items", "max_items", "max_merges", "num_programs"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "query_start_loc_ptr", "items_ptr", "merges_ptr", "counts_ptr"],
+)
 def plan_attention_kernel(
     seq_lens_ptr,
     query_start_loc_ptr,
@@ -111,23 +115,21 @@ def plan_attention(
 ) -> None:
     """Write the plan of seq_lens int32 [B] and query_start_loc int32 [B + 1] into items, merges and counts."""
     num_seqs = seq_lens.shape[0]
-    programs = min(32, max(1, tiling.max_items // max(1, num_seqs)))  # the longer a sequence's list may be, the more share it
-    plan_attention_kernel[(programs,)](
-        seq_lens,
-        query_start_loc,
-        items,
-        merges,
-        counts,
-        num_seqs,
-        sliding_window or 0,
-        tiling.target_items,
-        items.shape[0],
-        merges.shape[0],
-        programs,
-        QUERIES_PER_TILE=tiling.queries_per_tile,
-        HAS_WINDOW=sliding_window is not None,
-        MIN_CHUNK=MIN_CHUNK,
-        CHUNK_ALIGNMENT=CHUNK_ALIGNMENT,
-        NUM_LANES=max(16, next_power_of_2(max(1, num_seqs))),
+    programs = min(
+        32, max(1, tiling.max_items // max(1, num_seqs))
+    )  # the longer a sequence's list may be, the more share it
+    lanes = max(16, next_power_of_2(max(1, num_seqs)))
+    constants = (tiling.queries_per_tile, sliding_window is not None, MIN_CHUNK, CHUNK_ALIGNMENT, lanes)
+    launch_plan(
+        constants,
+        (programs, 1, 1),
+        (
+            seq_lens, query_start_loc, items, merges, counts, num_seqs, sliding_window or 0, tiling.target_items,
+            items.shape[0], merges.shape[0], programs, *constants,
+        ),
+        device=seq_lens.device,
         num_warps=4,
-    )
+    )  # fmt: skip
+
+
+launch_plan = Launcher(plan_attention_kernel)

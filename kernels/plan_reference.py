@@ -30,7 +30,9 @@ def plan_attention(
     sequences = list(zip(range(len(lengths)), lengths, starts[:-1], starts[1:], strict=True))
     per_tile = tiling.queries_per_tile
     spans = [_span(length, end - begin, per_tile, sliding_window) for _, length, begin, end in sequences]
-    total = sum(ceil_div(end - begin, per_tile) * span for (_, _, begin, end), span in zip(sequences, spans, strict=True))
+    total = sum(
+        ceil_div(end - begin, per_tile) * span for (_, _, begin, end), span in zip(sequences, spans, strict=True)
+    )
     chunk = max(MIN_CHUNK, ceil_div(ceil_div(total, tiling.target_items), CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT)
     item_rows: list[list[int]] = []
     merge_rows: list[list[int]] = []

@@ -14,6 +14,7 @@ shapes alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 MIN_CHUNK = 128  # keys; a shorter chunk costs more in its launch and merge than it saves
 CHUNK_ALIGNMENT = 128  # keys; a multiple of every BLOCK_N, so that only a chunk's last tile is ragged
@@ -44,7 +45,14 @@ class AttentionTiling:
 
 
 def choose_tiling(
-    *, num_heads: int, num_kv_heads: int, head_size: int, max_query_len: int, max_seq_len: int, num_seqs: int, programs: int
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    max_query_len: int,
+    max_seq_len: int,
+    num_seqs: int,
+    programs: int,
 ) -> AttentionTiling:
     """Choose the tile of a geometry. ``programs`` is how many thread blocks the device runs at once."""
     group = num_heads // num_kv_heads
@@ -79,6 +87,7 @@ class AttentionLaunch:
     num_stages: int
 
 
+@lru_cache(maxsize=1024)
 def choose_launch(*, rows: int, head_size: int, itemsize: int, shared_memory: int) -> AttentionLaunch:
     """Choose keys per iteration, warps and pipeline depth so that the kernel fits in ``shared_memory`` bytes per block."""
     padded = max(16, next_power_of_2(head_size))
@@ -89,4 +98,6 @@ def choose_launch(*, rows: int, head_size: int, itemsize: int, shared_memory: in
     tile_bytes = block_n * padded * 2 * itemsize  # one stage of K and V
     resident = rows * (padded + block_n) * itemsize  # the query tile, and the probabilities between the two products
     fitting = (shared_memory - resident) // tile_bytes
-    return AttentionLaunch(block_n=block_n, num_warps=num_warps, num_stages=max(1, min(4 if rows <= 16 else 3, fitting)))
+    return AttentionLaunch(
+        block_n=block_n, num_warps=num_warps, num_stages=max(1, min(4 if rows <= 16 else 3, fitting))
+    )

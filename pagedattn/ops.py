@@ -8,11 +8,12 @@ size. Every op is also ``torch.ops.pagedattn.<name>``, where a plan is its three
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,15 +30,14 @@ _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _QUERY_DTYPES = (*_FLOAT_DTYPES, torch.float8_e4m3fn)
 _CACHE_DTYPES = (*_FLOAT_DTYPES, *LARGEST)
 
-_library = torch.library.Library("pagedattn", "DEF")  # noqa: TOR901
+_library = torch.library.Library("pagedattn", "DEF")
 
 
 # --- checks: from metadata alone, so that they never synchronize -----------------------------------------------------
 
 
-def _require(condition: bool, name: str, given: object, required: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: got {_describe(given)}; must be {required}")
+def _fail(name: str, given: object, required: str) -> NoReturn:
+    raise ValueError(f"{name}: got {_describe(given)}; must be {required}")
 
 
 def _describe(given: object) -> str:
@@ -69,6 +69,11 @@ def _require_number(name: str, given: object, positive: bool = False) -> None:
         raise ValueError(f"{name}: got {given}; must be {'positive and ' if positive else ''}finite")
 
 
+def _require_bool(name: str, given: object) -> None:
+    if not isinstance(given, bool):
+        raise TypeError(f"{name}: got {type(given).__name__}; must be a bool")
+
+
 def _require_no_grad(**tensors: Tensor | None) -> None:
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
@@ -76,36 +81,51 @@ def _require_no_grad(**tensors: Tensor | None) -> None:
                 raise ValueError(f"{name}: requires grad; must not, for the ops have no backward (use torch.no_grad())")
 
 
-def _check_index(name: str, given: Tensor, dtype: torch.dtype, dims: int, device: torch.device, size: Any = None) -> None:
+def _check_index(
+    name: str, given: Tensor, dtype: torch.dtype, dims: int, device: torch.device, size: Any = None
+) -> None:
     """An index tensor: dtype, rank, first size if given, last dimension contiguous, on the ops' device."""
     if given.dtype != dtype or given.dim() != dims or (size is not None and given.shape[0] != size):
         shape = "[" + ", ".join([str(size) if size is not None else ":", ":"][:dims]) + "]"
-        _require(False, name, given, f"{dtype} {shape}".replace("torch.", ""))
-    _require(given.device == device, name, given, f"on {device}")
+        _fail(name, given, f"{dtype} {shape}".replace("torch.", ""))
+    if given.device != device:
+        _fail(name, given, f"on {device}")
     if given.stride(-1) != 1 and given.shape[-1] > 1:
-        _require(False, name, given.stride(), "contiguous in its last dimension")
+        _fail(name, given.stride(), "contiguous in its last dimension")
 
 
-def _check_rows(name: str, given: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], tokens: Any = None) -> None:
+def _check_rows(
+    name: str, given: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], tokens: Any = None
+) -> None:
     """A tensor of heads per token: [T, H, D]."""
     if given.dim() != 3 or (tokens is not None and given.shape[0] != tokens):
-        _require(False, name, given, f"[{'T' if tokens is None else tokens}, heads, head_size]")
-    _require(given.dtype in dtypes, name, given, f"one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
-    _require(given.device == device, name, given, f"on {device}")
-    _require(given.stride(2) == 1 or given.shape[2] <= 1, name, given.stride(), "contiguous in its last dimension")
+        _fail(name, given, f"[{'T' if tokens is None else tokens}, heads, head_size]")
+    if given.dtype not in dtypes:
+        _fail(name, given, f"one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+    if given.device != device:
+        _fail(name, given, f"on {device}")
+    if given.stride(2) != 1 and given.shape[2] > 1:
+        _fail(name, given.stride(), "contiguous in its last dimension")
 
 
 def _check_caches(key_cache: Tensor, value_cache: Tensor, device: torch.device) -> None:
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        _require(cache.dim() == 4, name, cache, "[num_blocks, block_size, num_kv_heads, head_size]")
-        _require(cache.dtype in _CACHE_DTYPES, name, cache, "fp16, bf16, fp32, float8_e4m3fn, float8_e5m2, int8 or uint8 (int4)")
-        _require(cache.device == device, name, cache, f"on {device}")
-        _require(cache.stride(3) == 1 or cache.shape[3] <= 1, name, cache.stride(), "contiguous in its last dimension")
+        if cache.dim() != 4:
+            _fail(name, cache, "[num_blocks, block_size, num_kv_heads, head_size]")
+        if cache.dtype not in _CACHE_DTYPES:
+            _fail(name, cache, "fp16, bf16, fp32, float8_e4m3fn, float8_e5m2, int8 or uint8 (int4)")
+        if cache.device != device:
+            _fail(name, cache, f"on {device}")
+        if cache.stride(3) != 1 and cache.shape[3] > 1:
+            _fail(name, cache.stride(), "contiguous in its last dimension")
+    if key_cache.shape[1] < 1:
+        _fail("key_cache", key_cache, "of block_size >= 1")
+    if key_cache.shape[2] < 1:
+        _fail("key_cache", key_cache, "of num_kv_heads >= 1")
     if key_cache.shape[:3] != value_cache.shape[:3]:
-        _require(False, "value_cache", value_cache, f"[{', '.join(map(str, key_cache.shape[:3]))}, :] like key_cache")
-    _require(value_cache.dtype == key_cache.dtype, "value_cache", value_cache, f"{key_cache.dtype} like key_cache")
-    _require(key_cache.shape[1] >= 1, "key_cache", key_cache, "of block_size >= 1")
-    _require(key_cache.shape[2] >= 1, "key_cache", key_cache, "of num_kv_heads >= 1")
+        _fail("value_cache", value_cache, f"[{', '.join(map(str, key_cache.shape[:3]))}, :] like key_cache")
+    if value_cache.dtype != key_cache.dtype:
+        _fail("value_cache", value_cache, f"{key_cache.dtype} like key_cache")
 
 
 def _head_size(cache: Tensor) -> int:
@@ -118,9 +138,12 @@ def _check_cache_scales(cache: Tensor, k_scale: Tensor | None, v_scale: Tensor |
             continue
         fits = scale.dim() == 0 or scale.shape == (cache.shape[2],) or scale.shape == cache.shape[:3]
         blocks, block_size, heads = cache.shape[:3]
-        _require(fits, name, scale, f"0-d, [{heads}] or [{blocks}, {block_size}, {heads}]")
-        _require(scale.dtype == torch.float32, name, scale, "float32")
-        _require(scale.device == cache.device, name, scale, f"on {cache.device}")
+        if not fits:
+            _fail(name, scale, f"0-d, [{heads}] or [{blocks}, {block_size}, {heads}]")
+        if scale.dtype != torch.float32:
+            _fail(name, scale, "float32")
+        if scale.device != cache.device:
+            _fail(name, scale, f"on {cache.device}")
 
 
 def _check_head_size(name: str, head_size: int) -> None:
@@ -156,33 +179,39 @@ def _check_attention(
     _check_index("query_start_loc", query_start_loc, torch.int32, 1, device, num_seqs + 1)
     num_kv_heads = key_cache.shape[2]
     if num_heads < 1 or num_heads % num_kv_heads:
-        _require(False, "query", query, f"of a multiple of key_cache's {num_kv_heads} heads")
+        _fail("query", query, f"of a multiple of key_cache's {num_kv_heads} heads")
     if _head_size(key_cache) != head_size:
-        _require(False, "key_cache", key_cache, f"of head size {head_size} like query")
+        _fail("key_cache", key_cache, f"of head size {head_size} like query")
     _check_head_size("query", head_size)
     _check_head_size("value_cache", _head_size(value_cache))
     if key_cache.dtype not in LARGEST and query.dtype != key_cache.dtype:
-        _require(False, "key_cache", key_cache, f"{query.dtype} like query, or quantized")
+        _fail("key_cache", key_cache, f"{query.dtype} like query, or quantized")
     if query.dtype == torch.float8_e4m3fn:
-        _require(q_scale is not None, "q_scale", q_scale, "given for a float8_e4m3fn query")
-        _require(key_cache.dtype == torch.float8_e4m3fn, "key_cache", key_cache, "float8_e4m3fn for a float8_e4m3fn query")
+        if q_scale is None:
+            _fail("q_scale", q_scale, "given for a float8_e4m3fn query")
+        if key_cache.dtype != torch.float8_e4m3fn:
+            _fail("key_cache", key_cache, "float8_e4m3fn for a float8_e4m3fn query")
     _require_int("max_query_len", max_query_len, minimum=1 if num_tokens else 0)
     _require_int("max_seq_len", max_seq_len)
-    _require(max_seq_len <= block_table.shape[1] * key_cache.shape[1], "max_seq_len", max_seq_len, "within block_table")
+    if max_seq_len > block_table.shape[1] * key_cache.shape[1]:
+        _fail("max_seq_len", max_seq_len, "within block_table")
     _require_int("sliding_window", sliding_window, minimum=1, optional=True)
     _require_int("attention_chunk", attention_chunk, minimum=1, optional=True)
     for name, tensor in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if tensor is not None:
             fits = tensor.shape == (num_heads,) and tensor.dtype == torch.float32 and tensor.device == device
-            _require(fits, name, tensor, f"float32 [{num_heads}] on {device}")
+            if not fits:
+                _fail(name, tensor, f"float32 [{num_heads}] on {device}")
     if q_scale is not None:
         fits = (q_scale.dim() == 0 or q_scale.shape == (num_kv_heads,)) and q_scale.dtype == torch.float32
-        _require(fits and q_scale.device == device, "q_scale", q_scale, f"float32, 0-d or [{num_kv_heads}], on {device}")
+        if not fits or q_scale.device != device:
+            _fail("q_scale", q_scale, f"float32, 0-d or [{num_kv_heads}], on {device}")
     if k_scale is not None or v_scale is not None:
         _check_cache_scales(key_cache, k_scale, v_scale)
     if tree_mask is not None:
         fits = tree_mask.shape == (num_tokens, max_query_len) and tree_mask.dtype == torch.bool
-        _require(fits and tree_mask.device == device, "tree_mask", tree_mask, f"bool [{num_tokens}, {max_query_len}] on {device}")
+        if not fits or tree_mask.device != device:
+            _fail("tree_mask", tree_mask, f"bool [{num_tokens}, {max_query_len}] on {device}")
     _require_no_grad(query=query, key_cache=key_cache, value_cache=value_cache, alibi_slopes=alibi_slopes, sinks=sinks)
 
 
@@ -200,42 +229,62 @@ def _check_append(
     _check_rows("value", value, device, (key.dtype,), tokens=key.shape[0])
     _check_caches(key_cache, value_cache, device)
     _check_index("slot_mapping", slot_mapping, torch.int64, 1, device, key.shape[0])
-    for name, rows, cache_name, cache in (("key", key, "key_cache", key_cache), ("value", value, "value_cache", value_cache)):
+    for name, rows, cache_name, cache in (
+        ("key", key, "key_cache", key_cache),
+        ("value", value, "value_cache", value_cache),
+    ):
         if rows.shape[1] != cache.shape[2] or rows.shape[2] != _head_size(cache):
-            _require(False, name, rows, f"[T, {cache.shape[2]}, {_head_size(cache)}] like {cache_name}")
+            _fail(name, rows, f"[T, {cache.shape[2]}, {_head_size(cache)}] like {cache_name}")
     if key_cache.dtype in LARGEST:
-        _require(k_scale is not None, "k_scale", k_scale, f"given for a {key_cache.dtype} cache")
-        _require(v_scale is not None, "v_scale", v_scale, f"given for a {value_cache.dtype} cache")
+        if k_scale is None:
+            _fail("k_scale", k_scale, f"given for a {key_cache.dtype} cache")
+        if v_scale is None:
+            _fail("v_scale", v_scale, f"given for a {value_cache.dtype} cache")
         _check_cache_scales(key_cache, k_scale, v_scale)
     else:
-        _require(key_cache.dtype == key.dtype, "key_cache", key_cache, f"{key.dtype} like key, or quantized")
-        _require(k_scale is None, "k_scale", k_scale, f"None for a {key_cache.dtype} cache")
-        _require(v_scale is None, "v_scale", v_scale, f"None for a {value_cache.dtype} cache")
+        if key_cache.dtype != key.dtype:
+            _fail("key_cache", key_cache, f"{key.dtype} like key, or quantized")
+        if k_scale is not None:
+            _fail("k_scale", k_scale, f"None for a {key_cache.dtype} cache")
+        if v_scale is not None:
+            _fail("v_scale", v_scale, f"None for a {value_cache.dtype} cache")
     _require_no_grad(key=key, value=value, key_cache=key_cache, value_cache=value_cache)
 
 
 def _check_attention_values(
-    key_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor, max_query_len: int, max_seq_len: int, rows: int
+    key_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    rows: int,
 ) -> None:
     """The checks of PAGEDATTN_CHECK=1: they read the tensors, and so synchronize."""
     lengths, starts = seq_lens.tolist(), query_start_loc.tolist()
-    _require(all(0 <= n <= max_seq_len for n in lengths), "seq_lens", lengths, f"within 0..max_seq_len={max_seq_len}")
-    steps = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
-    _require(starts[0] == 0 and starts[-1] <= rows, "query_start_loc", starts, f"from 0 to at most {rows}")
-    _require(all(0 <= n <= max_query_len for n in steps), "query_start_loc", starts, f"rising by 0..max_query_len={max_query_len}")
+    if not all(0 <= n <= max_seq_len for n in lengths):
+        _fail("seq_lens", lengths, f"within 0..max_seq_len={max_seq_len}")
+    steps = [end - begin for begin, end in itertools.pairwise(starts)]
+    if starts[0] != 0 or starts[-1] > rows:
+        _fail("query_start_loc", starts, f"from 0 to at most {rows}")
+    if not all(0 <= n <= max_query_len for n in steps):
+        _fail("query_start_loc", starts, f"rising by 0..max_query_len={max_query_len}")
     blocks = torch.arange(block_table.shape[1], device=block_table.device)
     used = block_table[blocks * key_cache.shape[1] < seq_lens[:, None]]
     bad = used[(used < 0) | (used >= key_cache.shape[0])].tolist()
-    _require(not bad, "block_table", bad[:4], f"block ids within 0..{key_cache.shape[0] - 1}")
+    if bad:
+        _fail("block_table", bad[:4], f"block ids within 0..{key_cache.shape[0] - 1}")
 
 
 def _check_slot_values(slot_mapping: Tensor, key_cache: Tensor) -> None:
     slots = slot_mapping[slot_mapping != -1]
     limit = key_cache.shape[0] * key_cache.shape[1]
     bad = slots[(slots < -1) | (slots >= limit)].tolist()
-    _require(not bad, "slot_mapping", bad[:4], f"-1 or slots within 0..{limit - 1}")
+    if bad:
+        _fail("slot_mapping", bad[:4], f"-1 or slots within 0..{limit - 1}")
     ids, counts = slots.unique(return_counts=True)
-    _require(ids.numel() == slots.numel(), "slot_mapping", ids[counts > 1][:4].tolist(), "without duplicates")
+    if ids.numel() != slots.numel():
+        _fail("slot_mapping", ids[counts > 1][:4].tolist(), "without duplicates")
 
 
 # --- geometry: what a plan is made for, from host integers ------------------------------------------------------------
@@ -250,7 +299,13 @@ def _programs(device: torch.device) -> int:
 
 
 def _tiling(
-    num_seqs: int, num_heads: int, num_kv_heads: int, head_size: int, max_query_len: int, max_seq_len: int, device: torch.device
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    max_query_len: int,
+    max_seq_len: int,
+    device: torch.device,
 ) -> AttentionTiling:
     return choose_tiling(
         num_heads=num_heads,
@@ -261,6 +316,9 @@ def _tiling(
         num_seqs=num_seqs,
         programs=_programs(device),
     )
+
+
+_cached_tiling = lru_cache(maxsize=1024)(_tiling)  # symbolic sizes, which only fakes see, cannot be hashed
 
 
 def _window(sliding_window: int | None, max_seq_len: int) -> int | None:
@@ -297,22 +355,31 @@ def _plan_attention_out(
     sliding_window: int | None,
 ) -> None:
     num_seqs = seq_lens.shape[0]
-    tiling = _tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
+    tiling = _cached_tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
     if items.shape != (tiling.max_items, 8) or merges.shape != (tiling.max_merges, 4) or counts.shape != (4,):
-        _require(False, "out", items, f"a plan of {num_seqs} sequences with the same geometry")
+        _fail("out", items, f"a plan of {num_seqs} sequences with the same geometry")
     if _uses_triton(seq_lens):
         from pagedattn.kernels import plan
 
         make = plan.plan_attention
     else:
         make = plan_reference.plan_attention
-    make(seq_lens, query_start_loc, items, merges, counts, tiling=tiling, sliding_window=_window(sliding_window, max_seq_len))
+    make(
+        seq_lens,
+        query_start_loc,
+        items,
+        merges,
+        counts,
+        tiling=tiling,
+        sliding_window=_window(sliding_window, max_seq_len),
+    )
 
 
 def _check_plan(seq_lens: Tensor, query_start_loc: Tensor, num_heads: int, num_kv_heads: int, head_size: int) -> None:
     _check_index("seq_lens", seq_lens, torch.int32, 1, seq_lens.device)
     _check_index("query_start_loc", query_start_loc, torch.int32, 1, seq_lens.device, seq_lens.shape[0] + 1)
-    _require(num_heads % num_kv_heads == 0, "num_heads", num_heads, f"a multiple of num_kv_heads={num_kv_heads}")
+    if num_heads % num_kv_heads != 0:
+        _fail("num_heads", num_heads, f"a multiple of num_kv_heads={num_kv_heads}")
     _check_head_size("head_size", head_size)
 
 
@@ -330,7 +397,15 @@ def _plan_attention(
         seq_lens, query_start_loc, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window
     )
     _plan_attention_out(
-        seq_lens, query_start_loc, *buffers, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window
+        seq_lens,
+        query_start_loc,
+        *buffers,
+        num_heads,
+        num_kv_heads,
+        head_size,
+        max_query_len,
+        max_seq_len,
+        sliding_window,
     )
     return buffers
 
@@ -402,12 +477,15 @@ def _check_attention_out(*args: Any) -> None:
     _check_attention(*arguments[:8], *arguments[10:12], *arguments[13:19])
     _check_rows("out", out, query.device, _FLOAT_DTYPES, tokens=query.shape[0])
     shape = (*query.shape[:2], _head_size(value_cache))
-    _require(out.shape == shape, "out", out, f"{list(shape)}")
+    if out.shape != shape:
+        _fail("out", out, f"{list(shape)}")
     if query.dtype in _FLOAT_DTYPES:
-        _require(out.dtype == query.dtype, "out", out, f"{query.dtype} like query")
+        if out.dtype != query.dtype:
+            _fail("out", out, f"{query.dtype} like query")
     if lse is not None:
         fits = lse.shape == query.shape[:2] and lse.dtype == torch.float32 and lse.is_contiguous()
-        _require(fits and lse.device == query.device, "lse", lse, f"contiguous float32 {list(query.shape[:2])} on {query.device}")
+        if not fits or lse.device != query.device:
+            _fail("lse", lse, f"contiguous float32 {list(query.shape[:2])} on {query.device}")
 
 
 def _attend(
@@ -458,19 +536,28 @@ def _attend(
         q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, tree_mask=tree_mask,
     )  # fmt: skip
     if missing:
-        raise NotImplementedError(f"paged_attention: {missing} is not in the Triton kernels yet (the CPU reference has it)")
+        raise NotImplementedError(
+            f"paged_attention: {missing} is not in the Triton kernels yet (the CPU reference has it)"
+        )
     num_heads, num_kv_heads, head_size = query.shape[1], key_cache.shape[2], query.shape[2]
     num_seqs = seq_lens.shape[0]
     if plan is None:
         plan = list(
             _plan_attention(
-                seq_lens, query_start_loc, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window
+                seq_lens,
+                query_start_loc,
+                num_heads,
+                num_kv_heads,
+                head_size,
+                max_query_len,
+                max_seq_len,
+                sliding_window,
             )
         )
-    tiling = _tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, query.device)
+    tiling = _cached_tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, query.device)
     items, merges, counts = plan
     if items.shape[0] != tiling.max_items or merges.shape[0] != tiling.max_merges:
-        _require(False, "plan", items, f"made for these {num_seqs} sequences and this geometry")
+        _fail("plan", items, f"made for these {num_seqs} sequences and this geometry")
     attention.paged_attention(
         query, key_cache, value_cache, block_table, items, merges, counts,
         tiling=tiling, scale=scale, causal=causal, sliding_window=sliding_window, out=out, lse=lse,
@@ -489,6 +576,8 @@ def _append_kv(
     _check_append(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
     if CHECK_VALUES:
         _check_slot_values(slot_mapping, key_cache)
+    if not key.shape[0]:
+        return
     if not _uses_triton(key):
         cache_reference.append_kv(key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
@@ -515,12 +604,16 @@ def _check_rope(
 ) -> None:
     _check_append(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
     _check_rows("query", query, key.device, (key.dtype,), tokens=key.shape[0])
-    _require(query.shape[2] == key.shape[2], "query", query, f"of head size {key.shape[2]} like key")
+    if query.shape[2] != key.shape[2]:
+        _fail("query", query, f"of head size {key.shape[2]} like key")
     _check_index("positions", positions, torch.int64, 1, key.device, key.shape[0])
     fits = cos_sin.dim() == 2 and cos_sin.shape[1] % 2 == 0 and 2 <= cos_sin.shape[1] <= key.shape[2]
-    _require(fits and cos_sin.dtype == torch.float32, "cos_sin", cos_sin, f"float32 [:, even and <= {key.shape[2]}]")
-    _require(cos_sin.device == key.device, "cos_sin", cos_sin, f"on {key.device}")
-    _require(cos_sin.stride(1) == 1, "cos_sin", cos_sin.stride(), "contiguous in its last dimension")
+    if not fits or cos_sin.dtype != torch.float32:
+        _fail("cos_sin", cos_sin, f"float32 [:, even and <= {key.shape[2]}]")
+    if cos_sin.device != key.device:
+        _fail("cos_sin", cos_sin, f"on {key.device}")
+    if cos_sin.stride(1) != 1:
+        _fail("cos_sin", cos_sin.stride(), "contiguous in its last dimension")
     _require_no_grad(query=query)
 
 
@@ -543,7 +636,10 @@ def _rope_append_kv(
     if CHECK_VALUES:
         _check_slot_values(slot_mapping, key_cache)
         bad = positions[(positions < 0) | (positions >= cos_sin.shape[0])].tolist()
-        _require(not bad, "positions", bad[:4], f"within 0..{cos_sin.shape[0] - 1}")
+        if bad:
+            _fail("positions", bad[:4], f"within 0..{cos_sin.shape[0] - 1}")
+    if not key.shape[0]:
+        return
     if not _uses_triton(key):
         cache_reference.rope_append_kv(
             query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping,
@@ -554,7 +650,9 @@ def _rope_append_kv(
 
     missing = cache.unsupported(key=key, key_cache=key_cache, value_cache=value_cache, k_scale=k_scale, v_scale=v_scale)
     if missing:
-        raise NotImplementedError(f"rope_append_kv: {missing} is not in the Triton kernels yet (the CPU reference has it)")
+        raise NotImplementedError(
+            f"rope_append_kv: {missing} is not in the Triton kernels yet (the CPU reference has it)"
+        )
     cache.rope_append_kv(
         query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, interleaved=interleaved
     )
@@ -563,11 +661,14 @@ def _rope_append_kv(
 def _check_copy(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
     pairs = (("dst_key", dst_key, "src_key", src_key), ("dst_value", dst_value, "src_value", src_value))
     for name, destination, source_name, source in pairs:
-        _require(source.dim() >= 2, source_name, source, "[num_blocks, ...]")
+        if source.dim() < 2:
+            _fail(source_name, source, "[num_blocks, ...]")
         fits = destination.shape[1:] == source.shape[1:] and destination.dtype == source.dtype
-        _require(fits, name, destination, f"{source.dtype} with blocks of {list(source.shape[1:])} like {source_name}")
+        if not fits:
+            _fail(name, destination, f"{source.dtype} with blocks of {list(source.shape[1:])} like {source_name}")
     fits = block_mapping.dim() == 2 and block_mapping.shape[1] == 2 and block_mapping.dtype == torch.int64
-    _require(fits, "block_mapping", block_mapping, "int64 [:, 2]")
+    if not fits:
+        _fail("block_mapping", block_mapping, "int64 [:, 2]")
     _require_no_grad(src_key=src_key, src_value=src_value, dst_key=dst_key, dst_value=dst_value)
 
 
@@ -577,7 +678,8 @@ def _copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value:
         for column, cache in ((0, src_key), (1, dst_key)):
             ids = block_mapping[:, column]
             bad = ids[(ids < 0) | (ids >= cache.shape[0])].tolist()
-            _require(not bad, "block_mapping", bad[:4], f"block ids within 0..{cache.shape[0] - 1} in column {column}")
+            if bad:
+                _fail("block_mapping", bad[:4], f"block ids within 0..{cache.shape[0] - 1} in column {column}")
     cache_reference.copy_blocks(src_key, src_value, dst_key, dst_value, block_mapping)
 
 
@@ -621,7 +723,8 @@ def _gather_kv_fake(
 def _gathered_dtype(key_cache: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         dtype = torch.bfloat16 if key_cache.dtype in LARGEST else key_cache.dtype
-    _require(dtype in _FLOAT_DTYPES, "dtype", dtype, "torch.float16, torch.bfloat16 or torch.float32")
+    if dtype not in _FLOAT_DTYPES:
+        _fail("dtype", dtype, "torch.float16, torch.bfloat16 or torch.float32")
     return dtype
 
 
@@ -638,7 +741,8 @@ def _gather_kv(
     _check_gather(key_cache, value_cache, block_table, seq_lens, max_seq_len, k_scale, v_scale)
     if CHECK_VALUES:
         reach = min(max_seq_len, block_table.shape[1] * key_cache.shape[1])
-        _require(bool((seq_lens <= reach).all()), "seq_lens", seq_lens.tolist(), f"at most {reach}")
+        if not bool((seq_lens <= reach).all()):
+            _fail("seq_lens", seq_lens.tolist(), f"at most {reach}")
     return cache_reference.gather_kv(
         key_cache, value_cache, block_table, seq_lens,
         max_seq_len=max_seq_len, k_scale=k_scale, v_scale=v_scale, dtype=_gathered_dtype(key_cache, dtype),
@@ -646,13 +750,17 @@ def _gather_kv(
 
 
 def _merge_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    _require(out_a.dim() == 3 and out_a.dtype in _FLOAT_DTYPES, "out_a", out_a, "fp16, bf16 or fp32 [T, Hq, Dv]")
-    _require(out_b.shape == out_a.shape and out_b.dtype == out_a.dtype, "out_b", out_b, f"{_describe(out_a)} like out_a")
+    if out_a.dim() != 3 or out_a.dtype not in _FLOAT_DTYPES:
+        _fail("out_a", out_a, "fp16, bf16 or fp32 [T, Hq, Dv]")
+    if out_b.shape != out_a.shape or out_b.dtype != out_a.dtype:
+        _fail("out_b", out_b, f"{_describe(out_a)} like out_a")
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         fits = lse.shape == out_a.shape[:2] and lse.dtype == torch.float32
-        _require(fits, name, lse, f"float32 {list(out_a.shape[:2])}")
+        if not fits:
+            _fail(name, lse, f"float32 {list(out_a.shape[:2])}")
     for name, tensor in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-        _require(tensor.device == out_a.device, name, tensor, f"on {out_a.device}")
+        if tensor.device != out_a.device:
+            _fail(name, tensor, f"on {out_a.device}")
     _require_no_grad(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return torch.empty_like(out_a, memory_format=torch.contiguous_format), lse_a.new_empty(lse_a.shape)
 
@@ -811,6 +919,7 @@ def plan_attention(
     _require_int("max_query_len", max_query_len)
     _require_int("max_seq_len", max_seq_len)
     _require_int("sliding_window", sliding_window, minimum=1, optional=True)
+    _require_bool("batch_invariant", batch_invariant)
     if batch_invariant:
         raise NotImplementedError("plan_attention: batch_invariant is not implemented yet")
     head_size_v = head_size if head_size_v is None else head_size_v
@@ -832,7 +941,9 @@ def _require_geometry(name: str, plan: AttentionPlan, geometry: tuple[int | None
         plan.max_query_len, plan.max_seq_len, plan.sliding_window,
     )  # fmt: skip
     if made_for != geometry:
-        names = "num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window"
+        names = (
+            "num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window"
+        )
         raise ValueError(f"{name}: got a plan for ({names}) = {made_for}; must be for {geometry}")
 
 
@@ -918,20 +1029,29 @@ def paged_attention(
     ):
         if given is not None:
             _require_tensor(name, given, optional=True)
+    if plan is not None and not isinstance(plan, AttentionPlan):
+        raise TypeError(f"plan: got {type(plan).__name__}; must be an AttentionPlan or None")
     _require_number("scale", scale)
     _require_number("softcap", softcap, positive=True)
     _require_int("max_query_len", max_query_len)
-    _require(query.dim() == 3, "query", query, "[T, Hq, D]")
-    _require(key_cache.dim() == 4, "key_cache", key_cache, "[num_blocks, block_size, num_kv_heads, head_size]")
-    _require(value_cache.dim() == 4, "value_cache", value_cache, "[num_blocks, block_size, num_kv_heads, head_size_v]")
-    _require(block_table.dim() == 2, "block_table", block_table, "int32 [B, max_blocks]")
+    _require_int("max_seq_len", max_seq_len, optional=True)
+    _require_int("sliding_window", sliding_window, minimum=1, optional=True)
+    _require_int("attention_chunk", attention_chunk, minimum=1, optional=True)
+    _require_bool("causal", causal)
+    _require_bool("return_lse", return_lse)
+    if query.dim() != 3:
+        _fail("query", query, "[T, Hq, D]")
+    if key_cache.dim() != 4:
+        _fail("key_cache", key_cache, "[num_blocks, block_size, num_kv_heads, head_size]")
+    if value_cache.dim() != 4:
+        _fail("value_cache", value_cache, "[num_blocks, block_size, num_kv_heads, head_size_v]")
+    if block_table.dim() != 2:
+        _fail("block_table", block_table, "int32 [B, max_blocks]")
     if scale is None:
         scale = query.shape[2] ** -0.5
     if max_seq_len is None:
         max_seq_len = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.max_seq_len
     if plan is not None:
-        if not isinstance(plan, AttentionPlan):
-            raise TypeError(f"plan: got {type(plan).__name__}; must be an AttentionPlan or None")
         geometry = (
             query.shape[1], key_cache.shape[2], query.shape[2], _head_size(value_cache), key_cache.shape[1],
             max_query_len, max_seq_len, sliding_window,
@@ -1025,9 +1145,11 @@ def rope_append_kv(
         _require_tensor(name, given)
     _require_tensor("k_scale", k_scale, optional=True)
     _require_tensor("v_scale", v_scale, optional=True)
+    _require_bool("interleaved", interleaved)
     if rotary_dim is not None:
         _require_int("rotary_dim", rotary_dim, minimum=2)
-        _require(cos_sin.dim() == 2 and rotary_dim == cos_sin.shape[1], "rotary_dim", rotary_dim, "cos_sin.shape[1]")
+        if cos_sin.dim() != 2 or rotary_dim != cos_sin.shape[1]:
+            _fail("rotary_dim", rotary_dim, "cos_sin.shape[1]")
     torch.ops.pagedattn.rope_append_kv(
         query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, interleaved, k_scale, v_scale
     )

@@ -1,0 +1,13 @@
+"""Where the op tests run: on CUDA if there is one, else on the CPU, with the reference or (TRITON_INTERPRET=1) the kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from pagedattn.ops import INTERPRETED
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+IS_CUDA = DEVICE.type == "cuda"
+RUNS_TRITON = IS_CUDA or INTERPRETED
+# The interpreter computes bf16 dots wrongly, so there bf16 is left to a GPU.
+DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)

@@ -1,0 +1,39 @@
+"""The error budget: at most twice the error of torch's math attention in the same dtype, against fp64, plus 1e-5."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.kernels import oracle
+from tests.kernels.oracle import AttentionCase
+
+FLOOR = 1e-5
+
+
+def error_ratios(case: AttentionCase, out: Tensor, lse: Tensor) -> dict[str, float]:
+    """Error over budget, for the output (root mean square and maximum) and for the log-sum-exp; above 1 is a failure.
+
+    The log-sum-exp is fp32 whatever the dtype, so it is held to what fp32 arithmetic gives: output rounding hides nothing.
+    """
+    exact, exact_lse = oracle.attention(case)
+    plain, _ = oracle.math_attention(case, out.dtype)
+    _, plain_lse = oracle.math_attention(case, torch.float32)
+    assert out.isfinite().all()
+    assert torch.equal(lse.isneginf(), exact_lse.isneginf())
+    assert not out[exact_lse.isneginf()].any()
+    seen = exact_lse.isfinite()
+    ratios = {}
+    for name, ours, theirs in (
+        ("out", out.double() - exact, plain - exact),
+        ("lse", (lse.double() - exact_lse)[seen], (plain_lse - exact_lse)[seen]),
+    ):
+        if ours.numel():
+            ratios[f"{name} max"] = float(ours.abs().max() / (2 * theirs.abs().max() + FLOOR))
+            ratios[f"{name} rms"] = float(ours.square().mean().sqrt() / (2 * theirs.square().mean().sqrt() + FLOOR))
+    return ratios
+
+
+def assert_within_budget(case: AttentionCase, out: Tensor, lse: Tensor) -> None:
+    ratios = error_ratios(case, out, lse)
+    assert all(ratio <= 1 for ratio in ratios.values()), ratios

@@ -1,0 +1,199 @@
+"""Appending, rotating, gathering, copying and merging against plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import pagedattn
+from pagedattn.kernels import cache_reference
+from pagedattn.kernels.quantization import LARGEST, dequantize, quantize, token_scale
+from tests.device import DEVICE, DTYPES
+from tests.kernels.cases import cache_layout
+
+
+def inputs(
+    seed: int, dtype: torch.dtype, layout: str, block_size: int, heads: int = 3, size: int = 24, tokens: int = 9
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-tokens // block_size) + 2
+    key_cache, value_cache = (t.to(DEVICE) for t in cache_layout(layout, blocks, block_size, heads, size, dtype))
+    query = torch.randn(tokens, heads * 2, size, generator=generator).to(DEVICE, dtype)
+    key = torch.randn(tokens, heads, size, generator=generator).to(DEVICE, dtype)
+    value = torch.randn(tokens, heads, size, generator=generator).to(DEVICE, dtype)
+    slots = torch.randperm(blocks * block_size, generator=generator)[:tokens]
+    slots[tokens // 2] = -1
+    return query, key, value, key_cache, value_cache, slots.to(DEVICE)
+
+
+def assert_appended(cache: Tensor, rows: Tensor, slots: Tensor, **tolerance: float) -> None:
+    """The cache holds rows in slots and NaN, as before, everywhere else."""
+    expected = torch.full_like(cache, torch.nan, memory_format=torch.contiguous_format)
+    for row, slot in zip(rows, slots.tolist(), strict=True):
+        if slot >= 0:
+            expected[slot // cache.shape[1], slot % cache.shape[1]] = row
+    torch.testing.assert_close(cache, expected, equal_nan=True, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved"])
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+def test_append(dtype: torch.dtype, layout: str, block_size: int) -> None:
+    _, key, value, key_cache, value_cache, slots = inputs(block_size, dtype, layout, block_size)
+    pagedattn.append_kv(key, value, key_cache, value_cache, slots)
+    assert_appended(key_cache, key, slots)
+    assert_appended(value_cache, value, slots)
+
+
+def test_append_of_different_value_head_size_and_strided_rows() -> None:
+    _, key, value, key_cache, _, slots = inputs(0, DTYPES[0], "NHD", 4)
+    qkv = torch.cat((key, value[..., :8]), dim=-1)
+    value_cache = torch.full((*key_cache.shape[:3], 8), torch.nan, dtype=key.dtype, device=DEVICE)
+    pagedattn.append_kv(qkv[..., :24], qkv[..., 24:], key_cache, value_cache, slots)
+    assert_appended(key_cache, key, slots)
+    assert_appended(value_cache, value[..., :8], slots)
+
+
+def test_append_nothing() -> None:
+    _, key, value, key_cache, value_cache, slots = inputs(0, DTYPES[0], "NHD", 4)
+    pagedattn.append_kv(key[:0], value[:0], key_cache, value_cache, slots[:0])
+    pagedattn.append_kv(key, value, key_cache, value_cache, torch.full_like(slots, -1))
+    assert key_cache.isnan().all()
+    assert value_cache.isnan().all()
+
+
+def rotated_by_hand(row: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Rotate each pair of [H, D] by its angle through complex multiplication, in fp64."""
+    result = row.double().clone()
+    half = len(angles)
+    for pair, angle in enumerate(angles.double().tolist()):
+        first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
+        turned = torch.complex(result[:, first], result[:, second]) * complex(torch.tensor(1j * angle).exp())
+        result[:, first], result[:, second] = turned.real, turned.imag
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [24, 16, 2])
+def test_rope_append(dtype: torch.dtype, interleaved: bool, rotary_dim: int) -> None:
+    query, key, value, key_cache, value_cache, slots = inputs(rotary_dim, dtype, "NHD", 4)
+    generator = torch.Generator().manual_seed(1)
+    angles = torch.rand(50, rotary_dim // 2, generator=generator) * 6
+    positions = torch.randint(0, 50, (len(key),), generator=generator)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(DEVICE)
+    original_query, original_key = query.clone(), key.clone()
+    pagedattn.rope_append_kv(
+        query, key, value, cos_sin, positions.to(DEVICE), key_cache, value_cache, slots,
+        interleaved=interleaved, rotary_dim=rotary_dim,
+    )  # fmt: skip
+    tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}[
+        dtype
+    ]  # one rounding of values near 4
+    expected = [torch.stack([rotated_by_hand(r, angles[p], interleaved) for r, p in zip(t.cpu(), positions, strict=True)])
+                for t in (original_query, original_key)]  # fmt: skip
+    torch.testing.assert_close(query.cpu().double(), expected[0], atol=tolerance, rtol=0)
+    assert torch.equal(key, original_key)
+    assert_appended(key_cache.cpu().double(), expected[1], slots, atol=tolerance, rtol=0)
+    assert_appended(value_cache, value, slots)
+
+
+def test_rope_append_rotates_queries_of_skipped_tokens() -> None:
+    query, key, value, key_cache, value_cache, slots = inputs(0, DTYPES[0], "NHD", 4)
+    before = query.clone()
+    cos_sin = torch.cat((torch.zeros(1, 12), torch.ones(1, 12)), dim=-1).to(DEVICE)  # a quarter turn
+    positions = torch.zeros(len(key), dtype=torch.int64, device=DEVICE)
+    pagedattn.rope_append_kv(query, key, value, cos_sin, positions, key_cache, value_cache, torch.full_like(slots, -1))
+    assert torch.equal(query, torch.cat((-before[..., 12:], before[..., :12]), dim=-1))
+
+
+@pytest.mark.parametrize("dtype", list(LARGEST), ids=str)
+def test_quantized_append_of_the_reference(dtype: torch.dtype) -> None:
+    """Every kind of scale; per-token scales are written so that the largest element survives exactly."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 5, 3, 16, generator=generator).unbind()
+    slots = torch.tensor([3, 9, -1, 0, 11])
+    stored_size = 8 if dtype == torch.uint8 else 16
+    step = {torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3}.get(dtype)
+    for shape in ((), (3,), (3, 4, 3)):
+        caches = [
+            torch.zeros(3, 4, 3, stored_size, dtype=torch.uint8).view(torch.uint8 if dtype == torch.uint8 else dtype)
+            for _ in range(2)
+        ]
+        scales = [torch.full(shape, 5.0 / LARGEST[dtype]) for _ in range(2)]
+        cache_reference.append_kv(key, value, *caches, slots, k_scale=scales[0], v_scale=scales[1])
+        for rows, cache, scale in zip((key, value), caches, scales, strict=True):
+            for row, slot in zip(rows, slots.tolist(), strict=True):
+                if slot < 0:
+                    continue
+                index = (slot // 4, slot % 4)
+                used = scale[index] if scale.dim() == 3 else scale
+                got = dequantize(cache[index], used)
+                unit = used if used.dim() == 0 else used[:, None]
+                limit = unit * 0.5 if step is None else row.abs() * step + unit
+                assert ((got - row).abs() <= limit * 1.001).all()
+                if scale.dim() == 3:
+                    torch.testing.assert_close(got.abs().amax(-1), row.abs().amax(-1))
+
+
+def test_quantize_saturates_and_packs_low_nibble_first() -> None:
+    values = torch.tensor([[100.0, -100.0, 1.0, -2.0]])
+    assert quantize(values, torch.uint8, None).tolist() == [[7 | (9 << 4), 1 | (14 << 4)]]
+    assert quantize(values * 1e5, torch.float8_e4m3fn, None).float().tolist() == [[448.0, -448.0, 448.0, -448.0]]
+    assert token_scale(torch.zeros(1, 4), torch.int8).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_gather_reads_what_append_wrote(block_size: int) -> None:
+    lengths = [7, 0, 12]
+    generator = torch.Generator().manual_seed(block_size)
+    blocks = sum(-(-n // block_size) for n in lengths) + 1
+    caches = [t.to(DEVICE) for t in cache_layout("HND", blocks, block_size, 2, 16, torch.float32)]
+    table = torch.full((3, -(-12 // block_size) + 1), 2**30, dtype=torch.int32, device=DEVICE)
+    ids = torch.randperm(blocks, generator=generator).tolist()
+    rows = []
+    for sequence, length in enumerate(lengths):
+        needed = -(-length // block_size)
+        table[sequence, :needed] = torch.tensor([ids.pop() for _ in range(needed)], dtype=torch.int32)
+        position = torch.arange(length, device=DEVICE)
+        slots = table[sequence, position // block_size] * block_size + position % block_size
+        row = torch.randn(length, 2, 16, generator=generator).to(DEVICE)
+        pagedattn.append_kv(row, -row, *caches, slots.to(torch.int64))
+        rows.append(row)
+    key, value = pagedattn.gather_kv(
+        *caches, table, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), max_seq_len=14, dtype=torch.float16
+    )
+    assert key.shape == (3, 14, 2, 16)
+    for sequence, row in enumerate(rows):
+        assert torch.equal(key[sequence, : len(row)], row.half())
+        assert not key[sequence, len(row) :].any()
+    assert torch.equal(value, -key)
+
+
+def test_copy_reads_before_it_writes() -> None:
+    key = torch.arange(4.0, device=DEVICE).view(4, 1, 1, 1).expand(4, 2, 1, 8).contiguous()
+    value = -key
+    mapping = torch.tensor([[0, 1], [1, 0], [3, 2]], device=DEVICE)
+    pagedattn.copy_blocks(key, value, key, value, mapping)
+    assert key[:, 0, 0, 0].tolist() == [1.0, 0.0, 3.0, 3.0]
+    assert torch.equal(value, -key)
+
+
+def test_merge_of_parts_is_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2, 20, generator=generator, dtype=torch.float64)
+    values = torch.randn(20, 8, generator=generator, dtype=torch.float64)
+    parts = [
+        (logits[..., s].softmax(-1) @ values[s], logits[..., s].logsumexp(-1)) for s in (slice(0, 5), slice(5, 20))
+    ]
+    (out_a, lse_a), (out_b, lse_b) = [(o.float().to(DEVICE), n.float().to(DEVICE)) for o, n in parts]
+    out, lse = pagedattn.merge_attention_states(out_a, lse_a, out_b, lse_b)
+    torch.testing.assert_close(out.cpu().double(), logits.softmax(-1) @ values, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lse.cpu().double(), logits.logsumexp(-1), atol=1e-6, rtol=1e-5)
+    nothing = torch.full_like(lse_a, -torch.inf)
+    out, lse = pagedattn.merge_attention_states(out_a, lse_a, torch.zeros_like(out_b), nothing)
+    torch.testing.assert_close((out, lse), (out_a, lse_a))
+    out, lse = pagedattn.merge_attention_states(torch.zeros_like(out_a), nothing, torch.zeros_like(out_b), nothing)
+    assert not out.any()
+    assert lse.isneginf().all()

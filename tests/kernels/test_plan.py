@@ -1,0 +1,148 @@
+"""Plans: the bounds of ``choose_tiling`` hold, the kernel writes what the reference writes, and every key is covered once."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pagedattn
+from pagedattn.kernels import plan_reference
+from pagedattn.kernels.tiling import AttentionTiling, choose_launch, choose_tiling
+from tests.device import DEVICE
+
+
+def make_plan(
+    seq_lens: list[int], query_lens: list[int], tiling: AttentionTiling, sliding_window: int | None
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    items = torch.full((tiling.max_items, 8), -7, dtype=torch.int32)
+    merges = torch.full((tiling.max_merges, 4), -7, dtype=torch.int32)
+    counts = torch.full((4,), -7, dtype=torch.int32)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+    lengths = torch.tensor(seq_lens, dtype=torch.int32)
+    plan_reference.plan_attention(lengths, starts, items, merges, counts, tiling=tiling, sliding_window=sliding_window)
+    return items[: counts[0]].tolist(), merges[: counts[1]].tolist(), counts.tolist()
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 40_000), st.integers(0, 600)), min_size=1, max_size=20),
+    group=st.sampled_from([1, 2, 3, 4, 7, 8, 16, 20, 128]),
+    num_kv_heads=st.sampled_from([1, 3, 8]),
+    head_size=st.sampled_from([64, 128, 256]),
+    sliding_window=st.none() | st.integers(1, 5000),
+    programs=st.sampled_from([1, 8, 216, 264]),
+)
+def test_plan_covers_every_key_once_within_its_bounds(
+    lengths: list[tuple[int, int]],
+    group: int,
+    num_kv_heads: int,
+    head_size: int,
+    sliding_window: int | None,
+    programs: int,
+) -> None:
+    seq_lens, query_lens = [n for n, _ in lengths], [q for _, q in lengths]
+    tiling = choose_tiling(
+        num_heads=group * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        max_query_len=max(1, *query_lens, 1),
+        max_seq_len=max(seq_lens),
+        num_seqs=len(seq_lens),
+        programs=programs,
+    )
+    items, merges, counts = make_plan(seq_lens, query_lens, tiling, sliding_window)
+    assert counts[0] <= tiling.max_items
+    assert counts[1] <= tiling.max_merges
+    assert counts[2] == sum(query_lens)
+    slots = sorted(item[6] for item in items if item[6] >= 0)
+    assert slots == list(range(len(slots)))
+    assert len(slots) <= tiling.max_slots
+    assert sorted(slot for m in merges for slot in range(m[2], m[2] + m[3])) == slots
+    first_row = dict(zip(range(len(seq_lens)), [sum(query_lens[:i]) for i in range(len(seq_lens))], strict=True))
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for sequence, row, queries, position, begin, end, _, length in items:
+        assert length == seq_lens[sequence]
+        assert position == length - query_lens[sequence] + row - first_row[sequence]
+        assert 1 <= queries <= tiling.queries_per_tile
+        spans.setdefault(row, []).append((begin, end))
+        if begin < end:
+            assert end - begin <= counts[3]
+    rows = {row for item in items for row in range(item[1], item[1] + item[2])}
+    assert rows == set(range(sum(query_lens)))
+    for sequence, row, queries, position, *_ in items:
+        window = sliding_window if sliding_window is not None else 1 << 30
+        first_key = max(0, position - window + 1)
+        last_key = min(seq_lens[sequence], position + queries - 1 + window)
+        pieces = sorted(piece for piece in spans[row] if piece[0] < piece[1])
+        if first_key < last_key:
+            assert pieces[0][0] == first_key
+            assert pieces[-1][1] == last_key
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
+        else:
+            assert not pieces
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_op_writes_what_the_reference_writes(seed: int) -> None:
+    draw = random.Random(seed)
+    count = draw.choice([1, 2, 5, 17])
+    seq_lens = [draw.choice([0, 3, 100, 1000, 5000]) for _ in range(count)]
+    query_lens = [draw.choice([0, 1, 1, min(n, 70)]) for n in seq_lens]
+    sliding_window = draw.choice([None, None, 10, 300, 10**6])
+    geometry = {"num_heads": 6, "num_kv_heads": 2, "head_size": 64}
+    bounds = {"max_query_len": max(1, *query_lens, 1), "max_seq_len": max(1, *seq_lens, 1)}
+    plan = pagedattn.plan_attention(
+        torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE),
+        torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).to(torch.int32),
+        block_size=16,
+        sliding_window=sliding_window,
+        **geometry,
+        **bounds,
+    )
+    programs = pagedattn.ops._programs(DEVICE)
+    tiling = choose_tiling(**geometry, **bounds, num_seqs=count, programs=programs)
+    effective = None if sliding_window is None or sliding_window >= bounds["max_seq_len"] else sliding_window
+    items, merges, counts = make_plan(seq_lens, query_lens, tiling, effective)
+    assert plan.counts.tolist() == counts
+    assert plan.items[: counts[0]].tolist() == items
+    assert plan.merges[: counts[1]].tolist() == merges
+
+
+def test_plan_is_rewritten_in_place() -> None:
+    geometry = {
+        "num_heads": 4,
+        "num_kv_heads": 1,
+        "head_size": 64,
+        "block_size": 16,
+        "max_query_len": 1,
+        "max_seq_len": 900,
+    }
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    first = torch.tensor([900, 3], dtype=torch.int32, device=DEVICE)
+    second = torch.tensor([5, 700], dtype=torch.int32, device=DEVICE)
+    plan = pagedattn.plan_attention(first, starts, **geometry)
+    addresses = [tensor.data_ptr() for tensor in plan.tensors]
+    assert pagedattn.plan_attention(second, starts, out=plan, **geometry) is plan
+    assert [tensor.data_ptr() for tensor in plan.tensors] == addresses
+    fresh = pagedattn.plan_attention(second, starts, **geometry)
+    count = int(fresh.counts[0])
+    assert torch.equal(plan.items[:count], fresh.items[:count])
+    with pytest.raises(ValueError, match="^out: got a plan for"):
+        pagedattn.plan_attention(second, starts, out=plan, **{**geometry, "max_seq_len": 901})
+
+
+@given(
+    rows=st.sampled_from([16, 32, 64, 128]),
+    head_size=st.sampled_from([8, 64, 80, 128, 256]),
+    itemsize=st.sampled_from([2, 4]),
+    shared_memory=st.sampled_from([65_536, 101_376, 166_912, 232_448]),
+)
+def test_launch_fits(rows: int, head_size: int, itemsize: int, shared_memory: int) -> None:
+    launch = choose_launch(rows=rows, head_size=head_size, itemsize=itemsize, shared_memory=shared_memory)
+    assert launch.num_stages >= 1
+    assert launch.num_warps in (4, 8)
+    assert 128 % launch.block_n == 0  # a chunk is a whole number of iterations

@@ -1,0 +1,408 @@
+"""The ops as torch citizens: opcheck, fullgraph compilation, CUDA graphs, and errors that name the argument."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import pagedattn
+from tests.device import DEVICE, DTYPES, IS_CUDA, RUNS_TRITON
+from tests.kernels.cases import build_case
+from tests.kernels.oracle import AttentionCase
+
+ops = torch.ops.pagedattn
+
+
+def make_case(
+    query_lens: tuple[int, ...] = (1, 4, 0), seq_lens: tuple[int, ...] = (20, 300, 3), **options: Any
+) -> AttentionCase:
+    return build_case(
+        generator=torch.Generator().manual_seed(0),
+        dtype=DTYPES[0],
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=32,
+        block_size=16,
+        seq_lens=list(seq_lens),
+        query_lens=list(query_lens),
+        **options,
+    ).to(DEVICE)
+
+
+def make_plan(case: AttentionCase, **changes: Any) -> pagedattn.AttentionPlan:
+    geometry: dict[str, Any] = {
+        "num_heads": case.query.shape[1],
+        "num_kv_heads": case.key_cache.shape[2],
+        "head_size": case.query.shape[2],
+        "block_size": case.key_cache.shape[1],
+        "max_query_len": case.max_query_len,
+        "max_seq_len": case.block_table.shape[1] * case.key_cache.shape[1],
+    }
+    return pagedattn.plan_attention(case.seq_lens, case.query_start_loc, **(geometry | changes))
+
+
+def append_inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 5, 2, 32, generator=generator).to(DEVICE, DTYPES[0]).unbind()
+    caches = torch.zeros(2, 4, 16, 2, 32, device=DEVICE, dtype=DTYPES[0]).unbind()
+    slots = torch.tensor([3, -1, 40, 17, 63], device=DEVICE)
+    return {"key": key, "value": value, "key_cache": caches[0], "value_cache": caches[1], "slot_mapping": slots}
+
+
+def rope_inputs() -> dict[str, Any]:
+    inputs = append_inputs()
+    query = torch.randn(5, 4, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE, DTYPES[0])
+    angles = torch.arange(10.0, device=DEVICE)[:, None] * torch.linspace(0.1, 1, 16, device=DEVICE)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    positions = torch.tensor([0, 1, 9, 3, 4], device=DEVICE)
+    return {"query": query, "cos_sin": cos_sin, "positions": positions, **inputs}
+
+
+# --- opcheck and compilation ------------------------------------------------------------------------------------------
+
+
+def attention_arguments(case: AttentionCase, plan: pagedattn.AttentionPlan | None) -> tuple[Any, ...]:
+    max_seq_len = case.block_table.shape[1] * case.key_cache.shape[1]
+    tensors = None if plan is None else plan.tensors
+    return (*case.arguments(), case.max_query_len, max_seq_len, 0.2, True, *[None] * 9, tensors)
+
+
+def finite(case: AttentionCase) -> AttentionCase:
+    """opcheck compares clones with ==, which NaN in unused slots fails."""
+    case.key_cache, case.value_cache = case.key_cache.nan_to_num(0.0), case.value_cache.nan_to_num(0.0)
+    return case
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_opcheck_paged_attention(planned: bool) -> None:
+    case = finite(make_case())
+    plan = make_plan(case) if planned else None
+    for return_lse in (False, True):
+        torch.library.opcheck(ops.paged_attention.default, (*attention_arguments(case, plan), return_lse))
+    out = torch.empty_like(case.query)
+    lse = torch.empty(case.query.shape[:2], device=DEVICE)
+    for given in (None, lse):
+        torch.library.opcheck(ops.paged_attention.out, (*attention_arguments(case, plan), out, given))
+
+
+def test_opcheck_plan() -> None:
+    case = make_case()
+    arguments = (4, 2, 32, case.max_query_len, 320, None)
+    # What lies past the counts is not written, so the buffers of two runs are not equal there.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        ops.plan_attention.default, (case.seq_lens, case.query_start_loc, *arguments), test_utils=checks
+    )
+    plan = pagedattn.plan_attention(
+        case.seq_lens, case.query_start_loc, num_heads=4, num_kv_heads=2, head_size=32, block_size=16,
+        max_query_len=case.max_query_len, max_seq_len=320,
+    )  # fmt: skip
+    for tensor in plan.tensors:
+        tensor.zero_()
+    torch.library.opcheck(ops.plan_attention.out, (case.seq_lens, case.query_start_loc, *plan.tensors, *arguments))
+
+
+def test_opcheck_cache_ops() -> None:
+    append, rope = append_inputs(), rope_inputs()
+    torch.library.opcheck(ops.append_kv.default, (*append.values(), None, None))
+    names = ("query", "key", "value", "cos_sin", "positions", "key_cache", "value_cache", "slot_mapping")
+    torch.library.opcheck(ops.rope_append_kv.default, (*(rope[name] for name in names), False, None, None))
+    mapping = torch.tensor([[0, 1], [1, 0]], device=DEVICE)
+    caches = (append["key_cache"], append["value_cache"])
+    torch.library.opcheck(ops.copy_blocks.default, (*caches, *(c.clone() for c in caches), mapping))
+    case = finite(make_case())
+    gather = (case.key_cache, case.value_cache, case.block_table, case.seq_lens, 320, None, None, torch.float32)
+    torch.library.opcheck(ops.gather_kv.default, gather)
+    parts = [torch.randn(3, 4, 8, device=DEVICE), torch.randn(3, 4, device=DEVICE)]
+    torch.library.opcheck(ops.merge_attention_states.default, (*parts, *parts))
+
+
+def attention_step(rope: dict[str, Any], case: AttentionCase, max_seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All that a layer does, through the public functions: rotate and append, plan, attend, merge with itself."""
+    query = rope["query"].clone()
+    pagedattn.rope_append_kv(
+        query, rope["key"], rope["value"], rope["cos_sin"], rope["positions"],
+        rope["key_cache"], rope["value_cache"], rope["slot_mapping"],
+    )  # fmt: skip
+    plan = pagedattn.plan_attention(
+        case.seq_lens, case.query_start_loc, num_heads=4, num_kv_heads=2, head_size=32, block_size=16,
+        max_query_len=case.max_query_len, max_seq_len=max_seq_len,
+    )  # fmt: skip
+    out, lse = pagedattn.paged_attention(
+        *case.arguments(), max_query_len=case.max_query_len, plan=plan, return_lse=True
+    )
+    out, lse = pagedattn.merge_attention_states(out, lse, out, lse)
+    return out + query, lse
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_fullgraph(dynamic: bool) -> None:
+    compiled = torch.compile(
+        attention_step, fullgraph=True, dynamic=dynamic, backend="inductor" if IS_CUDA else "aot_eager"
+    )
+    for seq_lens in ((20, 300, 3), (310, 17, 2)):
+        case = make_case(seq_lens=seq_lens)
+        max_seq_len = case.block_table.shape[1] * 16
+        expected_inputs, inputs = rope_inputs(), rope_inputs()
+        expected = attention_step(expected_inputs, case, max_seq_len)
+        torch.testing.assert_close(compiled(inputs, case, max_seq_len), expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(inputs["key_cache"], expected_inputs["key_cache"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_CUDA, reason="CUDA graphs need a GPU")
+def test_cuda_graph_replays_with_changed_lengths_and_tables() -> None:
+    """Captured once; replayed on a batch of other lengths, other blocks and other contents."""
+    first = make_case(query_lens=(1, 1, 1, 1), seq_lens=(5, 900, 30, 0), padding_rows=2)
+    others = [
+        make_case(query_lens=(1, 1, 1, 1), seq_lens=lens, padding_rows=2)
+        for lens in ((900, 1, 0, 64), (17, 18, 800, 19))
+    ]
+    blocks = max(case.key_cache.shape[0] for case in (first, *others))
+    key_cache, value_cache = torch.zeros(2, blocks, 16, 2, 32, dtype=first.query.dtype, device=DEVICE).unbind()
+    static = [first.query.clone(), first.block_table.clone(), first.seq_lens.clone(), first.query_start_loc.clone()]
+    geometry = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 32,
+        "block_size": 16,
+        "max_query_len": 1,
+        "max_seq_len": 912,
+    }
+    plan = pagedattn.plan_attention(static[2], static[3], **geometry)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        pagedattn.plan_attention(static[2], static[3], out=plan, **geometry)
+        return pagedattn.paged_attention(
+            static[0], key_cache, value_cache, *static[1:], max_query_len=1, max_seq_len=912, plan=plan, return_lse=True
+        )
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = step()
+    for case in (first, *others):
+        count = case.key_cache.shape[0]
+        key_cache.fill_(torch.nan)[:count] = case.key_cache
+        value_cache.fill_(torch.nan)[:count] = case.value_cache
+        for target, source in zip(
+            static, (case.query, case.block_table, case.seq_lens, case.query_start_loc), strict=True
+        ):
+            target.fill_(2**30 if target.dtype == torch.int32 else 0)
+            target[tuple(slice(0, n) for n in source.shape)] = source
+        out.fill_(torch.nan)
+        graph.replay()
+        expected = pagedattn.paged_attention(*case.arguments(), max_query_len=1, return_lse=True)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_CUDA, reason="a cache of more than 2**31 elements needs a GPU's memory")
+def test_cache_of_more_than_2_31_elements() -> None:
+    block_elements = 16 * 2 * 32
+    blocks = 2**31 // block_elements + 8
+    cache = torch.empty(blocks, 16, 2, 32, dtype=torch.bfloat16, device=DEVICE)
+    rows = torch.randn(16, 2, 32, device=DEVICE, dtype=torch.bfloat16)
+    slots = torch.arange(16, device=DEVICE) + (blocks - 1) * 16
+    pagedattn.append_kv(rows, rows, cache, cache, slots)
+    assert torch.equal(cache[-1], rows)
+    query = torch.randn(1, 4, 32, device=DEVICE, dtype=torch.bfloat16)
+    lens, starts = (torch.tensor(t, dtype=torch.int32, device=DEVICE) for t in ([16], [0, 1]))
+    table = torch.tensor([[blocks - 1]], dtype=torch.int32, device=DEVICE)
+    far = pagedattn.paged_attention(query, cache, cache, table, lens, starts, max_query_len=1)
+    near = pagedattn.paged_attention(
+        query, cache[-1:], cache[-1:], torch.zeros_like(table), lens, starts, max_query_len=1
+    )
+    assert torch.equal(far, near)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def call_attention(**changes: Any) -> None:
+    case = make_case()
+    names = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "query_start_loc")
+    arguments = dict(zip(names, case.arguments(), strict=True)) | {"max_query_len": case.max_query_len}
+    pagedattn.paged_attention(**{k: (v(arguments) if callable(v) else v) for k, v in (arguments | changes).items()})
+
+
+def call_append(**changes: Any) -> None:
+    arguments = append_inputs()
+    pagedattn.append_kv(**{k: (v(arguments) if callable(v) else v) for k, v in (arguments | changes).items()})
+
+
+def call_rope(**changes: Any) -> None:
+    arguments = rope_inputs()
+    pagedattn.rope_append_kv(**{k: (v(arguments) if callable(v) else v) for k, v in (arguments | changes).items()})
+
+
+def of(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], Any]:
+    return lambda arguments: change(arguments[name])
+
+
+BAD_CALLS = [
+    (call_attention, {"query": of("query", lambda t: t[0])}, ValueError),
+    (call_attention, {"query": of("query", lambda t: t.int())}, ValueError),
+    (call_attention, {"query": of("query", lambda t: t[:, :3])}, ValueError),
+    (call_attention, {"query": of("query", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))}, ValueError),
+    (call_attention, {"query": [1.0]}, TypeError),
+    (call_attention, {"query": of("query", lambda t: t.clone().requires_grad_())}, ValueError),
+    (call_attention, {"key_cache": None}, TypeError),
+    (call_attention, {"key_cache": of("key_cache", lambda t: t.double())}, ValueError),
+    (call_attention, {"key_cache": of("key_cache", lambda t: t[..., :16])}, ValueError),
+    (call_attention, {"key_cache": of("key_cache", lambda t: t[:, :0])}, ValueError),
+    (call_attention, {"value_cache": of("value_cache", lambda t: t[:-1])}, ValueError),
+    (call_attention, {"value_cache": of("value_cache", lambda t: t[0])}, ValueError),
+    (call_attention, {"block_table": of("block_table", lambda t: t.long())}, ValueError),
+    (call_attention, {"block_table": of("block_table", lambda t: t[:1])}, ValueError),
+    (call_attention, {"block_table": of("block_table", lambda t: t[0])}, ValueError),
+    (call_attention, {"block_table": of("block_table", lambda t: t.T.contiguous().T)}, ValueError),
+    (call_attention, {"seq_lens": of("seq_lens", lambda t: t.long())}, ValueError),
+    (call_attention, {"seq_lens": of("seq_lens", lambda t: t[0])}, ValueError),
+    (call_attention, {"seq_lens": [1, 2, 3]}, TypeError),
+    (call_attention, {"query_start_loc": of("query_start_loc", lambda t: t[:-1])}, ValueError),
+    (call_attention, {"max_query_len": 1.5}, TypeError),
+    (call_attention, {"max_query_len": True}, TypeError),
+    (call_attention, {"max_query_len": 0}, ValueError),
+    (call_attention, {"max_seq_len": -1}, ValueError),
+    (call_attention, {"max_seq_len": 10**6}, ValueError),
+    (call_attention, {"scale": float("nan")}, ValueError),
+    (call_attention, {"scale": "1"}, TypeError),
+    (call_attention, {"softcap": 0.0}, ValueError),
+    (call_attention, {"sliding_window": 0}, ValueError),
+    (call_attention, {"sliding_window": 2.0}, TypeError),
+    (call_attention, {"attention_chunk": -3}, ValueError),
+    (call_attention, {"alibi_slopes": torch.ones(3, device=DEVICE)}, ValueError),
+    (call_attention, {"sinks": torch.ones(4, device=DEVICE, dtype=torch.float64)}, ValueError),
+    (call_attention, {"q_scale": torch.ones(3, device=DEVICE)}, ValueError),
+    (call_attention, {"k_scale": torch.ones(5, device=DEVICE)}, ValueError),
+    (call_attention, {"v_scale": 1.0}, TypeError),
+    (call_attention, {"tree_mask": torch.ones(5, 4, device=DEVICE)}, ValueError),
+    (call_attention, {"causal": 1}, TypeError),
+    (call_attention, {"plan": 3}, TypeError),
+    (call_attention, {"plan": lambda _: make_plan(make_case(), max_query_len=9)}, ValueError),
+    (call_attention, {"out": of("query", lambda t: t[1:].clone())}, ValueError),
+    (call_attention, {"out": of("query", lambda t: t.double())}, ValueError),
+    (call_append, {"key": of("key", lambda t: t[0])}, ValueError),
+    (call_append, {"key": of("key", lambda t: t.clone().requires_grad_())}, ValueError),
+    (call_append, {"value": of("value", lambda t: t[1:])}, ValueError),
+    (call_append, {"value": of("value", lambda t: t[..., :16])}, ValueError),
+    (call_append, {"key_cache": of("key_cache", lambda t: t.double())}, ValueError),
+    (call_append, {"slot_mapping": of("slot_mapping", lambda t: t.int())}, ValueError),
+    (call_append, {"slot_mapping": of("slot_mapping", lambda t: t[1:])}, ValueError),
+    (call_append, {"k_scale": torch.ones((), device=DEVICE)}, ValueError),
+    (call_rope, {"query": of("query", lambda t: t[..., :16])}, ValueError),
+    (call_rope, {"cos_sin": of("cos_sin", lambda t: t.double())}, ValueError),
+    (call_rope, {"cos_sin": of("cos_sin", lambda t: t[:, :15])}, ValueError),
+    (call_rope, {"positions": of("positions", lambda t: t.int())}, ValueError),
+    (call_rope, {"positions": None}, TypeError),
+    (call_rope, {"rotary_dim": 16}, ValueError),
+    (call_rope, {"interleaved": None}, TypeError),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "changes", "error"), BAD_CALLS, ids=lambda v: next(iter(v)) if isinstance(v, dict) else None
+)
+def test_bad_calls_name_the_argument(
+    call: Callable[..., None], changes: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=rf"^{re.escape(next(iter(changes)))}: "):
+        call(**changes)
+
+
+def test_the_calls_above_are_good_when_nothing_is_changed() -> None:
+    call_attention()
+    call_append()
+    call_rope()
+
+
+def test_bad_calls_of_the_other_ops() -> None:
+    case = make_case()
+    with pytest.raises(ValueError, match=r"^num_heads: .* multiple of num_kv_heads"):
+        make_plan(case, num_heads=3)
+    with pytest.raises(ValueError, match="^head_size: got head size 12"):
+        make_plan(case, head_size=12)
+    with pytest.raises(NotImplementedError, match="batch_invariant"):
+        make_plan(case, batch_invariant=True)
+    with pytest.raises(TypeError, match="^dtype: "):
+        pagedattn.gather_kv(*case.arguments()[1:5], max_seq_len=320, dtype="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^block_mapping: "):
+        pagedattn.copy_blocks(*[case.key_cache] * 4, torch.zeros(2, 2, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match="^dst_value: "):
+        pagedattn.copy_blocks(
+            *[case.key_cache] * 3, case.key_cache[:, :8], torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
+        )
+    part = torch.zeros(2, 4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="^lse_b: "):
+        pagedattn.merge_attention_states(part, part[..., 0], part, part)
+
+
+@pytest.mark.parametrize(
+    "feature", ["softcap", "attention_chunk", "alibi_slopes", "sinks", "tree_mask", "k_scale", "head_size"]
+)
+def test_features_the_kernels_do_not_have_raise_by_name(feature: str) -> None:
+    """Under the kernels NotImplementedError says which; the reference, which has them all, just works."""
+    options: dict[str, Any] = {
+        "softcap": 2.0,
+        "attention_chunk": 8,
+        "alibi_slopes": torch.ones(4, device=DEVICE),
+        "sinks": torch.ones(4, device=DEVICE),
+        "tree_mask": torch.ones(5, 4, dtype=torch.bool, device=DEVICE),
+        "k_scale": torch.ones((), device=DEVICE),
+    }
+    case = make_case()
+    if feature == "head_size":
+        case.query, case.key_cache, case.value_cache = (
+            torch.zeros(*t.shape[:-1], 512, dtype=t.dtype, device=DEVICE) for t in case.arguments()[:3]
+        )
+    given = {feature: options[feature]} if feature in options else {}
+
+    def call() -> None:
+        pagedattn.paged_attention(*case.arguments(), max_query_len=case.max_query_len, **given)
+
+    if RUNS_TRITON:
+        with pytest.raises(NotImplementedError, match=feature):
+            call()
+    else:
+        call()
+
+
+def test_value_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagedattn.ops, "CHECK_VALUES", True)
+    call_attention()
+    call_append()
+    call_rope()
+    with pytest.raises(ValueError, match="^block_table: "):
+        call_attention(block_table=of("block_table", lambda t: t + 1000))
+    with pytest.raises(ValueError, match="^seq_lens: "):
+        call_attention(seq_lens=of("seq_lens", lambda t: t + 1000))
+    with pytest.raises(ValueError, match="^query_start_loc: "):
+        call_attention(query_start_loc=of("query_start_loc", lambda t: t * 2))
+    with pytest.raises(ValueError, match=r"^slot_mapping: got \[17\]; must be without duplicates"):
+        call_append(slot_mapping=torch.tensor([17, 17, 2, 3, 4], device=DEVICE))
+    with pytest.raises(ValueError, match="^slot_mapping: "):
+        call_append(slot_mapping=torch.tensor([64, 1, 2, 3, 4], device=DEVICE))
+    with pytest.raises(ValueError, match="^positions: "):
+        call_rope(positions=of("positions", lambda t: t + 10))
+
+
+def test_importing_is_light() -> None:
+    """torch and the op definitions; no kernel, tokenizer, server or plot."""
+    import subprocess
+    import sys
+
+    script = "import sys, torch; before = set(sys.modules); import pagedattn; print(*sorted(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "pagedattn.ops" in loaded
+    heavy = {"triton", "tokenizers", "transformers", "safetensors", "jinja2", "rich", "matplotlib", "gguf", "numpy"}
+    assert not heavy & {name.split(".")[0] for name in loaded}
+    assert not any(name.startswith("pagedattn.engine") for name in loaded)
