@@ -1,4 +1,4 @@
-"""Paged attention in Triton: one launch for decodes, prefill chunks and any mixture of them, one more to merge split tiles.
+"""Paged attention in Triton: one launch for decodes, prefill chunks and any mixture of them.
 
 Memory: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, D]; block_table [B, max_blocks]; items, merges and
 counts as ``kernels/plan_reference.py`` describes. A program runs one item for one KV head: its tile's query tokens times the
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagedattn.kernels.launcher import Launcher, is_aligned
+from pagedattn.kernels.launcher import Launcher
 from pagedattn.kernels.tiling import MAX_HEAD_SIZE, AttentionTiling, choose_launch, next_power_of_2
 
 LOG2E = 1.4426950408889634
@@ -137,21 +137,57 @@ def write_rows(
         tl.store(lse_ptr + row_token.to(tl.int64) * num_heads + row_head, lse, mask=row_exists)
 
 
+@triton.jit
+def merge_partials(
+    partial_out_ptr,
+    partial_lse_ptr,
+    first_slot,
+    num_slots,
+    kv_head,
+    num_kv_heads,
+    row_exists,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Add up the slots of a split tile for one KV head, in the order of its chunks."""
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
+    accumulator = tl.zeros([ROWS, HEAD_DIM_PADDED], dtype=tl.float32)
+    maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    denominator = tl.zeros([ROWS], dtype=tl.float32)
+    for index in tl.range(0, num_slots):
+        partial_row = ((first_slot + index) * num_kv_heads + kv_head) * ROWS + row
+        # Other multiprocessors wrote these: read past this one's first-level cache.
+        lse = tl.load(partial_lse_ptr + partial_row, mask=row_exists, other=float("-inf"), cache_modifier=".cg")
+        partial_ptrs = partial_out_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :]
+        partial = tl.load(partial_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        new_maximum = tl.maximum(maximum, lse)
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        correction = tl.exp2(maximum - shift)
+        weight = tl.exp2(lse - shift)
+        accumulator = accumulator * correction[:, None] + partial * weight[:, None]
+        denominator = denominator * correction + weight
+        maximum = new_maximum
+    return finish_softmax(accumulator, maximum, denominator)
+
+
 @triton.jit(
-    do_not_specialize=["scale_log2", "sliding_window", "num_tokens"],
-    do_not_specialize_on_alignment=["lse_ptr", "partial_lse_ptr", "block_table_ptr", "items_ptr", "counts_ptr"],
+    do_not_specialize=["partial_lse_offset", "scale_log2", "sliding_window", "num_tokens"],
 )
 def paged_attention_kernel(
     out_ptr,
     lse_ptr,
-    partial_out_ptr,
-    partial_lse_ptr,
+    partials_ptr,
     query_ptr,
     key_ptr,
     value_ptr,
     block_table_ptr,
     items_ptr,
+    merges_ptr,
     counts_ptr,
+    partial_lse_offset,
     scale_log2,
     sliding_window,
     num_tokens,
@@ -258,69 +294,30 @@ def paged_attention_kernel(
         )  # fmt: skip
 
         result, lse_log2 = finish_softmax(accumulator, maximum, denominator)
-        if slot < 0:
+        is_last = slot < 0  # the only item of its tile, or the one that finds all others done
+        if slot >= 0:
+            partial_lse_ptr = partials_ptr + partial_lse_offset
+            partial_row = (slot.to(tl.int64) * num_kv_heads + kv_head) * ROWS + row
+            mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
+            tl.store(partials_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], result, mask=mask)
+            tl.store(partial_lse_ptr + partial_row, lse_log2, mask=row_exists)
+            tl.debug_barrier()  # all threads have stored before one of them says so
+            merge = tl.load(item_ptr + 7)
+            first_slot = tl.load(merges_ptr + merge * 2).to(tl.int64)
+            num_slots = tl.load(merges_ptr + merge * 2 + 1)
+            arrivals_ptr = counts_ptr + 4 + merge * num_kv_heads + kv_head
+            is_last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == num_slots - 1
+            if is_last:
+                tl.store(arrivals_ptr, 0)  # as the next layer expects it
+                result, lse_log2 = merge_partials(
+                    partials_ptr, partial_lse_ptr, first_slot, num_slots, kv_head, num_kv_heads, row_exists,
+                    HEAD_DIM, HEAD_DIM_PADDED, ROWS,
+                )  # fmt: skip
+        if is_last:
             write_rows(
                 out_ptr, lse_ptr, result, lse_log2 * 0.6931471805599453, row_token, row_head, row_exists, num_heads,
                 stride_out_token, stride_out_head, HEAD_DIM, HEAD_DIM_PADDED, RETURN_LSE,
             )  # fmt: skip
-        else:
-            partial_row = (slot.to(tl.int64) * num_kv_heads + kv_head) * ROWS + row
-            mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
-            tl.store(partial_out_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], result, mask=mask)
-            tl.store(partial_lse_ptr + partial_row, lse_log2, mask=row_exists)
-
-
-@triton.jit(do_not_specialize_on_alignment=["lse_ptr", "partial_lse_ptr", "merges_ptr", "counts_ptr"])
-def merge_partials_kernel(
-    out_ptr,
-    lse_ptr,
-    partial_out_ptr,
-    partial_lse_ptr,
-    merges_ptr,
-    counts_ptr,
-    num_kv_heads,
-    stride_out_token,
-    stride_out_head,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
-):
-    """Add up the slots of one split tile for one KV head, in the order of its chunks."""
-    program = tl.program_id(0)
-    kv_head = program % num_kv_heads
-    merge = program // num_kv_heads
-    if merge < tl.load(counts_ptr + 1):
-        first_row = tl.load(merges_ptr + merge * 4)
-        queries = tl.load(merges_ptr + merge * 4 + 1)
-        first_slot = tl.load(merges_ptr + merge * 4 + 2).to(tl.int64)
-        num_slots = tl.load(merges_ptr + merge * 4 + 3)
-        row = tl.arange(0, ROWS)
-        dim = tl.arange(0, HEAD_DIM_PADDED)
-        row_query = row // GROUP
-        row_exists = row_query < queries
-        mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
-        accumulator = tl.zeros([ROWS, HEAD_DIM_PADDED], dtype=tl.float32)
-        maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-        denominator = tl.zeros([ROWS], dtype=tl.float32)
-        for index in tl.range(0, num_slots):
-            partial_row = ((first_slot + index) * num_kv_heads + kv_head) * ROWS + row
-            lse = tl.load(partial_lse_ptr + partial_row, mask=row_exists, other=float("-inf"))
-            partial = tl.load(partial_out_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-            new_maximum = tl.maximum(maximum, lse)
-            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            correction = tl.exp2(maximum - shift)
-            weight = tl.exp2(lse - shift)
-            accumulator = accumulator * correction[:, None] + partial * weight[:, None]
-            denominator = denominator * correction + weight
-            maximum = new_maximum
-        result, lse_log2 = finish_softmax(accumulator, maximum, denominator)
-        row_head = kv_head * GROUP + row % GROUP
-        write_rows(
-            out_ptr, lse_ptr, result, lse_log2 * 0.6931471805599453, first_row + row_query, row_head, row_exists,
-            num_kv_heads * GROUP, stride_out_token, stride_out_head, HEAD_DIM, HEAD_DIM_PADDED, RETURN_LSE,
-        )  # fmt: skip
 
 
 @lru_cache
@@ -360,46 +357,27 @@ def paged_attention(
     all_tiles = num_seqs * tiling.tiles_per_sequence
     items = min(all_tiles, num_tokens // tiling.queries_per_tile + num_seqs) + tiling.max_items - all_tiles
     items += num_tokens // tiling.queries_per_tile + 1
-    slots = tiling.max_slots * num_kv_heads * tiling.rows
-    partial_lse = out.new_empty(slots * (head_size + 1), dtype=torch.float32)
-    partial_out = partial_lse[slots:]
-    return_lse = lse.numel() > 0
-    stride_out_token, stride_out_head, _ = out.stride()
+    partial_rows = tiling.max_slots * num_kv_heads * tiling.rows
+    partials = out.new_empty(partial_rows * (head_size + 1), dtype=torch.float32)
     strides = (
-        stride_out_token, stride_out_head, *query.stride()[:2],
+        *out.stride()[:2], *query.stride()[:2],
         *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0),
     )  # fmt: skip
     constants = (
         group, head_size, padded, key_cache.shape[1], tiling.rows, tiling.queries_per_tile, launch.block_n,
-        causal, sliding_window is not None, return_lse,
+        causal, sliding_window is not None, lse.numel() > 0,
     )  # fmt: skip
     launch_attention(
-        (query.dtype, num_kv_heads, strides, constants, is_aligned(out, query, key_cache, value_cache)),
-        (items * num_kv_heads, 1, 1),
-        (
-            out, lse, partial_out, partial_lse, query, key_cache, value_cache, block_table, plan_items, counts,
-            scale * LOG2E, sliding_window or 0, num_tokens, num_kv_heads, *strides, *constants,
-        ),
-        device=query.device,
+        (query.dtype, num_kv_heads, strides, constants),
+        (items * num_kv_heads, 1),
+        (out, lse, partials, query, key_cache, value_cache, block_table, plan_items, merges, counts),
+        (partial_rows * head_size, scale * LOG2E, sliding_window or 0, num_tokens, num_kv_heads, *strides, *constants),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-    )  # fmt: skip
-    if tiling.max_merges:
-        constants = (group, head_size, padded, tiling.rows, return_lse)
-        launch_merge(
-            (query.dtype, num_kv_heads, stride_out_token, stride_out_head, constants, is_aligned(out)),
-            (tiling.max_merges * num_kv_heads, 1, 1),
-            (
-                out, lse, partial_out, partial_lse, merges, counts,
-                num_kv_heads, stride_out_token, stride_out_head, *constants,
-            ),
-            device=query.device,
-            num_warps=4,
-        )  # fmt: skip
+    )
 
 
 launch_attention = Launcher(paged_attention_kernel)
-launch_merge = Launcher(merge_partials_kernel)
 
 
 def unsupported(

@@ -1,15 +1,15 @@
 """Paged attention in torch: what the Triton kernel must compute, and the serving path of machines without a GPU.
 
 Query tokens are cut into tiles, tiles of equal shape and similar length are stacked into groups, and a group walks over its
-keys a chunk at a time with an online softmax (Milakov and Gimelshein, 2018). Working memory is bounded by ``SCRATCH``
-elements whatever the lengths; a batch of one long and many short sequences is never padded to the long one.
+keys a chunk at a time with an online softmax (Milakov and Gimelshein, 2018). Working memory is bounded by ``GATHERED`` and
+``LOGITS`` elements whatever the lengths; a batch of one long and many short sequences is never padded to the long one.
 
 Layouts: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, Dv]; block_table [B, max_blocks].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pagedattn.kernels.quantization import dequantize
 
-SCRATCH = 1 << 21  # elements: of a group's gathered keys and values together, and of its logits
-MAX_TILE_QUERIES = 256
+GATHERED = 1 << 18  # elements of a group's keys and values together at a time: they stay in a core's cache
+LOGITS = 1 << 20  # elements of a group's logits at a time
+MAX_TILE_QUERIES = 128
 PADDING_RATIO = 1.5  # a group's longest span may make it this much larger than the sum of its spans
 
 
@@ -98,9 +99,9 @@ def paged_attention(
     lse.fill_(float("-inf"))
     num_heads, num_kv_heads, block_size = query.shape[1], key_cache.shape[2], key_cache.shape[1]
     kv_elements = num_kv_heads * (query.shape[2] + out.shape[2])  # per key
-    tile_queries = max(1, min(MAX_TILE_QUERIES, SCRATCH // (512 * num_heads)))
+    tile_queries = max(1, min(MAX_TILE_QUERIES, LOGITS // (512 * num_heads)))
     tiles = _cut_tiles(seq_lens.tolist(), query_start_loc.tolist(), tile_queries, masking)
-    for group in _group_tiles(tiles, block_size, lambda tile: max(kv_elements, num_heads * tile.queries)):
+    for group in _group_tiles(tiles, block_size, kv_elements, num_heads):
         columns = Group(group, block_size, query.device)
         group_query = dequantize(query[columns.rows], q_scale) * scale
         result, result_lse = _attend(
@@ -135,15 +136,16 @@ def _cut_tiles(seq_lens: list[int], query_start_loc: list[int], tile_queries: in
     return tiles
 
 
-def _group_tiles(tiles: list[Tile], block_size: int, elements_per_key: Callable[[Tile], int]) -> Iterator[list[Tile]]:
-    """Stack tiles of equal query count and similar span, as long as one block of each fits in SCRATCH."""
+def _group_tiles(tiles: list[Tile], block_size: int, kv_elements: int, num_heads: int) -> Iterator[list[Tile]]:
+    """Stack tiles of equal query count and similar span, as long as one block of each fits."""
     group: list[Tile] = []
     total = 0
     for tile in sorted(tiles, key=lambda tile: (tile.queries, tile.end_key - tile.first_key)):
         span = tile.end_key - tile.first_key + block_size
         count = len(group) + 1
         stacks = count * span <= PADDING_RATIO * (total + span)
-        fits = count * block_size * elements_per_key(tile) <= SCRATCH
+        keys = count * block_size
+        fits = keys * kv_elements <= GATHERED and keys * num_heads * tile.queries <= LOGITS
         if group and not (stacks and fits and tile.queries == group[0].queries):
             yield group
             group, total = [], 0
@@ -176,8 +178,8 @@ def _attend(
     denominator = torch.zeros_like(maximum)
     accumulator = query.new_zeros(num_kv_heads, tiles, rows, head_size_v)
 
-    elements = max(num_kv_heads * (head_size + head_size_v), num_heads * queries)
-    chunk = max(1, SCRATCH // (elements * tiles * block_size))  # blocks of each tile at once
+    keys = min(GATHERED // (num_kv_heads * (head_size + head_size_v)), LOGITS // (num_heads * queries)) // tiles
+    chunk = max(1, keys // block_size)  # blocks of each tile at once
     for start in range(0, group.num_blocks, chunk):
         count = min(chunk, group.num_blocks - start)
         table = group.table(block_table, start, count, block_size)
@@ -260,9 +262,11 @@ def _finish(
 
 def _gather(cache: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
     """Blocks [G, count] of a cache as fp32 [G, count * S, Hkv, D], dequantized; freshly allocated."""
+    ids = table.flatten()
+    shape = (table.shape[0], -1, *cache.shape[2:])
     if scale is not None and scale.dim() == 3:
-        scale = scale[table].flatten(1, 2)
-    return dequantize(cache[table].flatten(1, 2), scale)
+        scale = scale.index_select(0, ids).view(*shape[:3])
+    return dequantize(cache.index_select(0, ids).view(shape), scale)
 
 
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

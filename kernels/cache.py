@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagedattn.kernels.launcher import Launcher, is_aligned
+from pagedattn.kernels.launcher import Launcher
 from pagedattn.kernels.tiling import next_power_of_2
 
 
@@ -53,7 +53,7 @@ def rotate_heads(
     tl.store(destination + second_dim[None, :], (y * cos + x * sin).to(first.dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"])
+@triton.jit
 def append_kv_kernel(
     query_ptr,
     key_ptr,
@@ -158,13 +158,11 @@ def _launch(
     interleaved: bool,
 ) -> None:
     num_tokens, num_kv_heads, head_size = key.shape
-    rotary_dim = 0
+    rotary_dim, stride_cos_sin, num_heads = 0, 0, 1
     query_strides: tuple[int, ...] = (0, 0)
-    stride_cos_sin, num_heads, aligned = 0, 1, is_aligned(key, value, key_cache, value_cache)
     if query is not None and cos_sin is not None:
         query_strides, num_heads = query.stride()[:2], query.shape[1]
         stride_cos_sin, rotary_dim = cos_sin.stride(0), cos_sin.shape[1]
-        aligned += is_aligned(query, cos_sin)
     strides = (
         *query_strides, *key.stride()[:2], *value.stride()[:2], stride_cos_sin,
         *key_cache.stride()[:3], *value_cache.stride()[:3],
@@ -176,14 +174,12 @@ def _launch(
         rotary_dim, next_power_of_2(max(1, rotary_dim // 2)), next_power_of_2(max(1, head_size - rotary_dim)), interleaved,
     )  # fmt: skip
     launch_append(
-        (key.dtype, strides, constants, aligned),
-        (num_tokens, 1 if query is None else 2, 1),
-        (
-            query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, *strides, *constants,
-        ),
-        device=key.device,
+        (key.dtype, strides, constants),
+        (num_tokens, 1 if query is None else 2),
+        (query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping),
+        (*strides, *constants),
         num_warps=4,
-    )  # fmt: skip
+    )
 
 
 launch_append = Launcher(append_kv_kernel)

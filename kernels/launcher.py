@@ -15,35 +15,46 @@ from torch import Tensor
 
 
 class Launcher:
-    """Compiled variants of one kernel by key."""
+    """Compiled variants of one kernel by key. Triton's launch hooks see the first launch of a variant only."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._compiled: dict[Hashable, Any] = {}
+        self._compiled: dict[Hashable, tuple[Any, Any, Any]] = {}
 
     def __call__(
         self,
         key: tuple[Hashable, ...],
-        grid: tuple[int, int, int],
-        arguments: tuple[Any, ...],
+        programs: tuple[int, int],
+        tensors: tuple[Tensor | None, ...],
+        sizes: tuple[Any, ...],
         *,
-        device: torch.device,
-        **options: int,
+        num_warps: int,
+        num_stages: int = 3,
     ) -> None:
-        """Launch on ``device``'s current stream. ``arguments`` are all of the kernel's parameters, in its order."""
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self(key, grid, arguments, device=device, **options)
+        """Launch on the current stream of the last tensor's device.
+
+        Args:
+            key: all that the compiled code may depend on, except the device and the alignment of the tensors.
+            programs: the grid.
+            tensors: the kernel's leading parameters.
+            sizes: all of its other parameters, constexprs included, in its order.
+        """
+        device = tensors[-1].device
+        if device.type != "cuda":
+            self._kernel[programs](*tensors, *sizes, num_warps=num_warps, num_stages=num_stages)
             return
-        compiled = self._compiled.get((device, key))
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(key, programs, tensors, sizes, num_warps=num_warps, num_stages=num_stages)
+            return
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        alignment = [pointer % 16 == 0 for pointer in pointers]
+        full_key = (device.index, key, *alignment)
+        compiled = self._compiled.get(full_key)
         if compiled is None:
-            compiled = self._kernel[grid](*arguments, **options)
-            if compiled is not None:  # under the interpreter there is nothing to keep
-                self._compiled[device, key] = compiled
-        else:
-            compiled[grid](*arguments)
-
-
-def is_aligned(*tensors: Tensor) -> tuple[bool, ...]:
-    """Whether each tensor starts on 16 bytes, which Triton's pointers are specialized on."""
-    return tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
+            kernel = self._kernel[programs](*tensors, *sizes, num_warps=num_warps, num_stages=num_stages)
+            self._compiled[full_key] = (kernel.run, kernel.function, kernel.packed_metadata)
+            return
+        run, function, metadata = compiled
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        run(*programs, 1, stream, function, metadata, None, None, None, *pointers, *sizes)

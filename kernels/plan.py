@@ -16,8 +16,15 @@ from pagedattn.kernels.tiling import CHUNK_ALIGNMENT, MIN_CHUNK, AttentionTiling
 
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "sliding_window", "target_items", "max_items", "max_merges", "num_programs"],
-    do_not_specialize_on_alignment=["seq_lens_ptr", "query_start_loc_ptr", "items_ptr", "merges_ptr", "counts_ptr"],
+    do_not_specialize=[
+        "num_seqs",
+        "sliding_window",
+        "target_items",
+        "max_items",
+        "max_merges",
+        "num_arrivals",
+        "num_programs",
+    ]
 )
 def plan_attention_kernel(
     seq_lens_ptr,
@@ -30,6 +37,7 @@ def plan_attention_kernel(
     target_items,
     max_items,
     max_merges,
+    num_arrivals,
     num_programs,
     QUERIES_PER_TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -67,6 +75,8 @@ def plan_attention_kernel(
         tl.store(counts_ptr + 1, tl.minimum(tl.sum(merges), max_merges))
         tl.store(counts_ptr + 2, tl.load(query_start_loc_ptr + num_seqs))
         tl.store(counts_ptr + 3, chunk)
+        for start in tl.range(0, num_arrivals, NUM_LANES):
+            tl.store(counts_ptr + 4 + start + sequence, 0, mask=start + sequence < num_arrivals)
 
     index = program
     most_items = tl.max(items)
@@ -92,14 +102,11 @@ def plan_attention_kernel(
         tl.store(item_ptr + 4, key, mask=writes)
         tl.store(item_ptr + 5, tl.minimum(end_key, key + chunk), mask=writes)
         tl.store(item_ptr + 6, tl.where(is_split, first_slot + index, -1), mask=writes)
-        tl.store(item_ptr + 7, seq_len, mask=writes)
         merge = first_merge + tile
+        tl.store(item_ptr + 7, tl.where(is_split, merge, -1), mask=writes)
         writes = (index < items) & is_split & (part == 0) & (merge < max_merges)
-        merge_ptr = merges_ptr + merge * 4
-        tl.store(merge_ptr, begin + first_query, mask=writes)
-        tl.store(merge_ptr + 1, queries, mask=writes)
-        tl.store(merge_ptr + 2, first_slot + index, mask=writes)
-        tl.store(merge_ptr + 3, chunks, mask=writes)
+        tl.store(merges_ptr + merge * 2, first_slot + index, mask=writes)
+        tl.store(merges_ptr + merge * 2 + 1, chunks, mask=writes)
         index += num_programs
 
 
@@ -122,12 +129,12 @@ def plan_attention(
     constants = (tiling.queries_per_tile, sliding_window is not None, MIN_CHUNK, CHUNK_ALIGNMENT, lanes)
     launch_plan(
         constants,
-        (programs, 1, 1),
+        (programs, 1),
+        (seq_lens, query_start_loc, items, merges, counts),
         (
-            seq_lens, query_start_loc, items, merges, counts, num_seqs, sliding_window or 0, tiling.target_items,
-            items.shape[0], merges.shape[0], programs, *constants,
+            num_seqs, sliding_window or 0, tiling.target_items,
+            items.shape[0], merges.shape[0], counts.shape[0] - 4, programs, *constants,
         ),
-        device=seq_lens.device,
         num_warps=4,
     )  # fmt: skip
 

@@ -3,9 +3,10 @@
 A plan is three int32 tensors:
 
 - items [max_items, 8]: sequence, first row in the batch, queries, position of the first query, first key, end key,
-  slot (-1: the tile is not split, write the output), length of the sequence;
-- merges [max_merges, 4]: first row in the batch, queries, first slot, number of slots;
-- counts [4]: items, merges, rows that belong to a sequence, chunk length.
+  slot and merge (-1: the tile is not split, its item writes the output);
+- merges [max_merges, 2]: first slot, number of slots;
+- counts [4 + max_merges * Hkv]: items, merges, rows that belong to a sequence, chunk length; then, for each merge and KV
+  head, how many of its items are done: 0 between two launches.
 """
 
 from __future__ import annotations
@@ -49,14 +50,16 @@ def plan_attention(
             for index in range(chunks):
                 key = first_key + index * chunk
                 slot = slots + index if chunks > 1 else -1
-                item_rows.append([sequence, row, queries, position, key, min(end_key, key + chunk), slot, length])
+                merge = len(merge_rows) if chunks > 1 else -1
+                item_rows.append([sequence, row, queries, position, key, min(end_key, key + chunk), slot, merge])
             if chunks > 1:
-                merge_rows.append([row, queries, slots, chunks])
+                merge_rows.append([slots, chunks])
                 slots += chunks
     for rows, out in ((item_rows, items), (merge_rows, merges)):
         if rows:
             out[: len(rows)] = out.new_tensor(rows)[: len(out)]
-    counts.copy_(counts.new_tensor([len(item_rows), len(merge_rows), starts[-1], chunk]))
+    counts[:4] = counts.new_tensor([len(item_rows), len(merge_rows), starts[-1], chunk])
+    counts[4:] = 0
 
 
 def _span(seq_len: int, query_len: int, queries_per_tile: int, sliding_window: int | None) -> int:

@@ -326,11 +326,11 @@ def _window(sliding_window: int | None, max_seq_len: int) -> int | None:
     return None if sliding_window is None or sliding_window >= max_seq_len else sliding_window
 
 
-def _plan_buffers(tiling: AttentionTiling, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_buffers(tiling: AttentionTiling, num_kv_heads: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         like.new_empty((tiling.max_items, 8), dtype=torch.int32),
-        like.new_empty((tiling.max_merges, 4), dtype=torch.int32),
-        like.new_empty((4,), dtype=torch.int32),
+        like.new_empty((tiling.max_merges, 2), dtype=torch.int32),
+        like.new_empty((4 + tiling.max_merges * num_kv_heads,), dtype=torch.int32),
     )
 
 
@@ -356,7 +356,7 @@ def _plan_attention_out(
 ) -> None:
     num_seqs = seq_lens.shape[0]
     tiling = _cached_tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
-    if items.shape != (tiling.max_items, 8) or merges.shape != (tiling.max_merges, 4) or counts.shape != (4,):
+    if items.shape[0] != tiling.max_items or counts.shape[0] != 4 + tiling.max_merges * num_kv_heads:
         _fail("out", items, f"a plan of {num_seqs} sequences with the same geometry")
     if _uses_triton(seq_lens):
         from pagedattn.kernels import plan
@@ -423,7 +423,7 @@ def _plan_attention_fake(
     _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
     num_seqs = seq_lens.shape[0]
     tiling = _tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
-    return _plan_buffers(tiling, seq_lens)
+    return _plan_buffers(tiling, num_kv_heads, seq_lens)
 
 
 def _attention_outputs(
@@ -556,7 +556,7 @@ def _attend(
         )
     tiling = _cached_tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, query.device)
     items, merges, counts = plan
-    if items.shape[0] != tiling.max_items or merges.shape[0] != tiling.max_merges:
+    if items.shape[0] != tiling.max_items or counts.shape[0] != 4 + tiling.max_merges * num_kv_heads:
         _fail("plan", items, f"made for these {num_seqs} sequences and this geometry")
     attention.paged_attention(
         query, key_cache, value_cache, block_table, items, merges, counts,
@@ -860,7 +860,8 @@ _register(
 class AttentionPlan:
     """How a step's attention is cut up, made once by ``plan_attention`` for all layers of one geometry.
 
-    The tensors' layout is ``kernels/plan_reference.py``'s; the rest is the geometry that the plan was made for.
+    The tensors' layout is ``kernels/plan_reference.py``'s; the rest is the geometry that the plan was made for. Its counters
+    of finished work make it a plan for one stream at a time.
     """
 
     items: Tensor

@@ -64,8 +64,10 @@ def test_attention_compiles(capability: int, dtype: torch.dtype) -> None:
 
     element = "*" + TRITON_NAMES[dtype]
     pointers = dict.fromkeys(("out_ptr", "query_ptr", "key_ptr", "value_ptr"), element)
-    pointers |= dict.fromkeys(("lse_ptr", "partial_out_ptr", "partial_lse_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("block_table_ptr", "items_ptr", "counts_ptr"), "*i32") | {"scale_log2": "fp32"}
+    pointers |= dict.fromkeys(("lse_ptr", "partials_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("block_table_ptr", "items_ptr", "merges_ptr", "counts_ptr"), "*i32") | {
+        "scale_log2": "fp32"
+    }
     for variant in attention_variants():
         tiling, head_size = variant["tiling"], variant["head_size"]
         launch = choose_launch(
@@ -95,7 +97,6 @@ def test_attention_compiles(capability: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_the_other_kernels_compile(capability: int) -> None:
-    from pagedattn.kernels.attention import merge_partials_kernel
     from pagedattn.kernels.cache import append_kv_kernel
     from pagedattn.kernels.plan import plan_attention_kernel
 
@@ -104,10 +105,6 @@ def test_the_other_kernels_compile(capability: int) -> None:
         pointers = {name: "*i32" for name in plan_attention_kernel.arg_names if name.endswith("_ptr")}
         compile_kernel(plan_attention_kernel, capability, pointers, {**constants, "NUM_LANES": 256}, num_warps=4)
     for element in ("*bf16", "*fp32"):
-        pointers = dict.fromkeys(("lse_ptr", "partial_out_ptr", "partial_lse_ptr"), "*fp32")
-        pointers |= {"out_ptr": element, "merges_ptr": "*i32", "counts_ptr": "*i32"}
-        constants = {"GROUP": 4, "HEAD_DIM": 128, "HEAD_DIM_PADDED": 128, "ROWS": 128, "RETURN_LSE": True}
-        compile_kernel(merge_partials_kernel, capability, pointers, constants, num_warps=4)
         pointers = {name: element for name in append_kv_kernel.arg_names if name.endswith("_ptr")}
         pointers |= {"cos_sin_ptr": "*fp32", "positions_ptr": "*i64", "slot_mapping_ptr": "*i64"}
         for rotary_dim in (0, 64, 128):

@@ -20,11 +20,12 @@ def make_plan(
     seq_lens: list[int], query_lens: list[int], tiling: AttentionTiling, sliding_window: int | None
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:
     items = torch.full((tiling.max_items, 8), -7, dtype=torch.int32)
-    merges = torch.full((tiling.max_merges, 4), -7, dtype=torch.int32)
-    counts = torch.full((4,), -7, dtype=torch.int32)
+    merges = torch.full((tiling.max_merges, 2), -7, dtype=torch.int32)
+    counts = torch.full((4 + tiling.max_merges * 2,), -7, dtype=torch.int32)
     starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
     lengths = torch.tensor(seq_lens, dtype=torch.int32)
     plan_reference.plan_attention(lengths, starts, items, merges, counts, tiling=tiling, sliding_window=sliding_window)
+    assert not counts[4:].any()
     return items[: counts[0]].tolist(), merges[: counts[1]].tolist(), counts.tolist()
 
 
@@ -61,11 +62,12 @@ def test_plan_covers_every_key_once_within_its_bounds(
     slots = sorted(item[6] for item in items if item[6] >= 0)
     assert slots == list(range(len(slots)))
     assert len(slots) <= tiling.max_slots
-    assert sorted(slot for m in merges for slot in range(m[2], m[2] + m[3])) == slots
+    assert sorted(slot for first, count in merges for slot in range(first, first + count)) == slots
     first_row = dict(zip(range(len(seq_lens)), [sum(query_lens[:i]) for i in range(len(seq_lens))], strict=True))
     spans: dict[int, list[tuple[int, int]]] = {}
-    for sequence, row, queries, position, begin, end, _, length in items:
-        assert length == seq_lens[sequence]
+    for sequence, row, queries, position, begin, end, slot, merge in items:
+        length = seq_lens[sequence]
+        assert slot in range(merges[merge][0], sum(merges[merge])) if slot >= 0 else merge == -1
         assert position == length - query_lens[sequence] + row - first_row[sequence]
         assert 1 <= queries <= tiling.queries_per_tile
         spans.setdefault(row, []).append((begin, end))

@@ -1,0 +1,81 @@
+"""How many KV-cache blocks a device has room for."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from pagedattn.engine.batch import prepare_batch
+from pagedattn.engine.block_manager import BlockManager
+from pagedattn.engine.model import Decoder, KVCache
+from pagedattn.engine.request import Request
+from pagedattn.engine.sampler import sample
+from pagedattn.engine.sampling_params import SamplingParams
+from pagedattn.engine.scheduler import ScheduledRequest, StepPlan
+
+# On a CPU the cache shares the memory with everything else on the machine.
+CPU_MEMORY_SHARE = 0.25
+CPU_MEMORY_LIMIT = 4 * 2**30
+
+
+def default_num_blocks(
+    decoder: Decoder,
+    *,
+    block_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    gpu_memory_utilization: float,
+) -> int:
+    """Blocks for ``max_num_seqs`` sequences of ``max_model_len`` tokens, or as many as there is memory for.
+
+    On CUDA that is ``gpu_memory_utilization`` of the device's memory less what is in use and what the largest step
+    takes, which is measured with one. On a CPU it is a quarter of the free memory, and at most 4 GiB. Raises ValueError
+    when there is no room for a block.
+    """
+    bytes_per_block = KVCache.bytes_per_block(decoder.config, block_size, decoder.dtype)
+    if decoder.device.type == "cuda":
+        step_bytes = _measure_step_bytes(decoder, block_size, max_model_len, max_num_seqs, max_num_batched_tokens)
+        free, total = torch.cuda.mem_get_info(decoder.device)
+        available = int(total * gpu_memory_utilization) - (total - free) - step_bytes
+    else:
+        available = min(int(_free_cpu_memory() * CPU_MEMORY_SHARE), CPU_MEMORY_LIMIT)
+    num_wanted = max_num_seqs * -(-max_model_len // block_size)
+    num_blocks = min(num_wanted, available // bytes_per_block)
+    if num_blocks < 1:
+        raise ValueError(
+            f"no memory for the KV cache: {max(available, 0) / 2**20:.0f} MiB available, a block takes "
+            f"{bytes_per_block / 2**20:.1f} MiB"
+        )
+    return num_blocks
+
+
+def _free_cpu_memory() -> int:
+    names = os.sysconf_names
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@torch.inference_mode()
+def _measure_step_bytes(
+    decoder: Decoder, block_size: int, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int
+) -> int:
+    """Peak bytes of a step of ``max_num_batched_tokens`` tokens and as many sampled rows as it can have."""
+    num_seqs = min(max_num_seqs, max_num_batched_tokens)
+    num_tokens = min(max_num_batched_tokens // num_seqs, max_model_len)
+    manager = BlockManager(num_seqs * -(-num_tokens // block_size), block_size)
+    params = SamplingParams(top_p=0.9)
+    requests = [Request(str(i), [0] * num_tokens, params, max_num_tokens=num_tokens + 1) for i in range(num_seqs)]
+    for request in requests:
+        manager.ensure(request, num_tokens)
+    plan = StepPlan(tuple(ScheduledRequest(request, 0, num_tokens, True) for request in requests))
+    cache = KVCache(decoder.config, manager.num_blocks, block_size, decoder.dtype, decoder.device)
+    torch.cuda.synchronize(decoder.device)
+    before = torch.cuda.memory_allocated(decoder.device)
+    torch.cuda.reset_peak_memory_stats(decoder.device)
+    sample(decoder.forward(prepare_batch(plan, block_size, decoder.device), cache), requests)
+    peak = torch.cuda.max_memory_allocated(decoder.device)
+    del cache
+    torch.cuda.empty_cache()
+    return peak - before

@@ -1,0 +1,33 @@
+"""``EngineConfig``: the sizes and the policy of one engine, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagedattn.engine.policy import BatchingPolicy, resolve_policy
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """``num_blocks`` blocks of ``block_size`` token slots; at most ``max_num_seqs`` requests run together, and
+    ``max_num_batched_tokens`` tokens are computed in a step; prompt and generation together have at most
+    ``max_model_len`` tokens. ``seed`` is where requests without one get theirs from. ``policy``: a row of ``POLICIES``
+    by name, or a ``BatchingPolicy``.
+    """
+
+    num_blocks: int
+    max_model_len: int
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    policy: str | BatchingPolicy = "default"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not allowed: it must be an int >= 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} is not allowed: it must be an int")
+        resolve_policy(self.policy)

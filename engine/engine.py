@@ -1,0 +1,332 @@
+"""``Engine``: the step loop. Schedule, prepare, forward, sample, finish.
+
+One thread drives ``step``; ``add_request`` and ``abort`` may come from any. A step that raises fails the requests in
+it, one with NaN logits fails alone, and in both cases their blocks are free and the others go on. ``step`` with
+unfinished requests always advances one of them or raises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pagedattn.engine.batch import BatchTensors, prepare_batch
+from pagedattn.engine.block_manager import BlockManager
+from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.output_builder import OutputBuilder
+from pagedattn.engine.outputs import FinishReason, RequestOutput
+from pagedattn.engine.policy import resolve_policy
+from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
+from pagedattn.engine.request import Request
+from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, derive_seed, sample
+from pagedattn.engine.sampling_params import SamplingParams
+from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
+from pagedattn.engine.stats import Distribution, EngineStats, StatsRecorder
+
+if TYPE_CHECKING:
+    from pagedattn.engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """What the engine needs of a decoder: a batch's logits, fp32 [L, vocabulary]; keys and values go to ``cache``."""
+
+    def forward(self, batch: BatchTensors, cache: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did.
+
+    ``outputs``: the requests that got a token or ended, those aborted since the step before included.
+    ``num_scheduled_tokens``: tokens computed, by request id. ``usage``: the blocks as the step had them, before the
+    requests that it ended gave theirs back. ``error``: why the whole step failed, None when it did not.
+    """
+
+    outputs: list[RequestOutput]
+    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
+    num_padding_tokens: int = 0
+    preempted: tuple[str, ...] = ()  # request ids
+    usage: BlockUsage | None = None
+    error: str | None = None
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.num_scheduled_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of requests; the padding is not counted."""
+        return sum(self.num_scheduled_tokens.values())
+
+
+class Engine:
+    """Serves requests with ``decoder`` over ``cache``, which has ``config.num_blocks`` blocks.
+
+    ``eos_token_ids`` end a request unless its parameters ignore them; None takes the tokenizer's. ``clock`` gives
+    seconds.
+    """
+
+    def __init__(
+        self,
+        decoder: Model,
+        cache: Any,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        *,
+        vocab_size: int,
+        eos_token_ids: Iterable[int] | None = None,
+        device: torch.device | str = "cpu",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self.tokenizer = tokenizer
+        self.config = config
+        self.clock = clock
+        self.block_manager = BlockManager(config.num_blocks, config.block_size)
+        self.scheduler = Scheduler(
+            self.block_manager,
+            resolve_policy(config.policy),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._device = torch.device(device)
+        self._builders: dict[str, OutputBuilder] = {}
+        self._request_counter = itertools.count()
+        self._request_names = map(str, itertools.count())
+        self._recorder = StatsRecorder()
+        # Not reentrant: a generator that is finalized in the middle of a step aborts its requests from within it.
+        self._lock = threading.Lock()
+        self._requested_aborts: deque[str] = deque()
+        self._aborted_outputs: list[RequestOutput] = []
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._builders)
+
+    def add_request(
+        self,
+        prompt: Prompt | TokenizedPrompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        arrival_time: float | None = None,
+    ) -> str:
+        """Queue a request and return its id. ``arrival_time``: seconds of ``clock``, None = now.
+
+        Raises ValueError for a bad prompt or an id in use, TypeError for bad parameters, RequestRejectedError (a
+        ValueError) when the request can never fit.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, not {params!r}")
+        stop_token_ids = frozenset(params.stop_token_ids or ())
+        if stop_token_ids and max(stop_token_ids) >= self._vocab_size:
+            raise ValueError(f"stop_token_ids has {max(stop_token_ids)}: ids must be in [0, {self._vocab_size})")
+        if not params.ignore_eos:
+            stop_token_ids |= self._eos_token_ids
+        tokenized = tokenize_prompt(prompt, self.tokenizer, self._vocab_size)
+        max_num_tokens = self._max_num_tokens(len(tokenized.token_ids), params)
+        with self._lock:
+            number = next(self._request_counter)
+            if request_id is None:
+                request_id = next(name for name in self._request_names if name not in self._builders)
+            elif request_id in self._builders:
+                raise ValueError(f"request_id={request_id!r} is in use by an unfinished request")
+            request = Request(
+                request_id,
+                tokenized.token_ids,
+                params,
+                max_num_tokens=max_num_tokens,
+                arrival_time=self.clock() if arrival_time is None else arrival_time,
+                seed=derive_seed(self.config.seed, number) if params.seed is None else params.seed,
+                stop_token_ids=stop_token_ids,
+            )
+            builder = OutputBuilder(request, tokenized.text, self.tokenizer, self._eos_token_ids)
+            self.scheduler.add(request)
+            self._builders[request_id] = builder
+            self._recorder.num_prompt_tokens += request.num_prompt_tokens
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now, whatever it is doing; its blocks are free. An id that is unknown or ended is ignored.
+
+        Its last output, with finish_reason "abort", is in the next step's. While a step runs, in another thread or
+        because this is a finalizer that interrupted it, the abort takes effect at its end.
+        """
+        self._requested_aborts.append(request_id)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._apply_aborts()
+            finally:
+                self._lock.release()
+
+    def step(self) -> StepResult:
+        """Compute one batch. With nothing to do it only hands out what was aborted."""
+        with self._lock:
+            self._apply_aborts()
+            result = self._step() if self.has_unfinished else StepResult([])
+            self._apply_aborts()
+            result.outputs.extend(self._aborted_outputs)
+            self._aborted_outputs.clear()
+            if not self.has_unfinished:
+                self.check_integrity()
+            return result
+
+    @torch.inference_mode()
+    def _step(self) -> StepResult:
+        plan = self.scheduler.schedule(self.clock())
+        try:
+            batch = prepare_batch(plan, self.config.block_size, self._device)
+            logits = self.decoder.forward(batch, self.cache)
+            sampled = sample(logits, plan.sampled_requests)
+        except Exception as error:  # noqa: BLE001  whatever it is, these requests end with it and the engine goes on
+            return self._fail(plan, error)
+        return self._finish(plan, sampled)
+
+    def _finish(self, plan: StepPlan, sampled: list[SampledToken]) -> StepResult:
+        """Give each request its token, and let those go that end with it."""
+        now = self.clock()
+        usage = self.scheduler.block_usage(plan)
+        outputs = []
+        tokens = iter(sampled)
+        for scheduled in plan.scheduled:
+            request = scheduled.request
+            if scheduled.needs_sample:
+                builder = self._builders[request.request_id]
+                self._append_token(builder, next(tokens), now)
+            # After the token: an interrupt between the two must not leave a request with nothing to compute.
+            self.scheduler.advance(scheduled)
+            if scheduled.needs_sample:
+                if builder.finish_reason is not None:
+                    self._end(builder, builder.finish_reason, now)
+                outputs.append(builder.build())
+        return self._result(plan, usage, outputs)
+
+    def _fail(self, plan: StepPlan, error: Exception) -> StepResult:
+        """End all requests of a step that raised."""
+        message = f"the step failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        logger.debug(message, exc_info=error)
+        now = self.clock()
+        usage = self.scheduler.block_usage(plan)
+        outputs = []
+        for scheduled in plan.scheduled:
+            builder = self._builders[scheduled.request.request_id]
+            self._end(builder, "error", now, message)
+            outputs.append(builder.build())
+        return self._result(plan, usage, outputs, message)
+
+    def _append_token(self, builder: OutputBuilder, token: SampledToken, now: float) -> None:
+        request, recorder = builder.request, self._recorder
+        if token.token_id is None:
+            builder.finish_reason, builder.error = "error", NO_FINITE_LOGITS
+            return
+        try:
+            builder.append(token)
+        except Exception as error:  # a tokenizer that chokes on one request's tokens is not the others' concern
+            logger.debug("request %s could not take its token", request.request_id, exc_info=error)
+            builder.finish_reason, builder.error = "error", f"detokenizing failed: {type(error).__name__}: {error}"
+        recorder.num_generated_tokens += 1
+        if request.first_token_time is None:
+            request.first_token_time = now
+            recorder.ttfts.append(now - request.arrival_time)
+        if builder.last_token_time is not None:
+            recorder.inter_token_latencies.append(now - builder.last_token_time)
+        builder.last_token_time = now
+
+    def _end(self, builder: OutputBuilder, reason: FinishReason, now: float, error: str | None = None) -> None:
+        request, recorder = builder.request, self._recorder
+        builder.finish_reason = reason
+        builder.error = error or builder.error
+        request.finished_time = now
+        self.scheduler.finish(request)
+        del self._builders[request.request_id]
+        if reason == "error":
+            recorder.num_failed += 1
+        elif reason == "abort":
+            recorder.num_aborted += 1
+        else:
+            recorder.num_finished += 1
+            recorder.latencies.append(now - request.arrival_time)
+
+    def _apply_aborts(self) -> None:
+        while self._requested_aborts:
+            builder = self._builders.get(self._requested_aborts.popleft())
+            if builder is not None:
+                self._end(builder, "abort", self.clock())
+                self._aborted_outputs.append(builder.build())
+
+    def _result(
+        self, plan: StepPlan, usage: BlockUsage, outputs: list[RequestOutput], error: str | None = None
+    ) -> StepResult:
+        recorder = self._recorder
+        recorder.num_steps += 1
+        recorder.num_computed_tokens += plan.num_tokens
+        recorder.num_padding_tokens += plan.num_padding_tokens
+        recorder.num_preemptions += len(plan.preempted)
+        return StepResult(
+            outputs,
+            {scheduled.request.request_id: scheduled.num_tokens for scheduled in plan.scheduled},
+            plan.num_padding_tokens,
+            tuple(request.request_id for request in plan.preempted),
+            usage,
+            error,
+        )
+
+    def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """Prompt and generation together, cut at max_model_len as vLLM does. Raises RequestRejectedError."""
+        max_model_len = self.config.max_model_len
+        if num_prompt_tokens >= max_model_len:
+            raise RequestRejectedError(
+                f"the prompt has {num_prompt_tokens} tokens: it must have fewer than max_model_len={max_model_len}, "
+                "so that one more fits"
+            )
+        if params.max_tokens is None:
+            return max_model_len
+        return min(num_prompt_tokens + params.max_tokens, max_model_len)
+
+    def stats(self) -> EngineStats:
+        """A snapshot; between two steps it is exact."""
+        recorder, usage = self._recorder, self.scheduler.block_usage()
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=usage.num_blocks,
+            num_used_blocks=usage.num_used_blocks,
+            num_allocated_slots=usage.num_allocated_slots,
+            num_filled_slots=usage.num_filled_slots,
+            max_wasted_slots=usage.max_wasted_slots,
+            num_steps=recorder.num_steps,
+            num_prompt_tokens=recorder.num_prompt_tokens,
+            num_generated_tokens=recorder.num_generated_tokens,
+            num_computed_tokens=recorder.num_computed_tokens,
+            num_padding_tokens=recorder.num_padding_tokens,
+            num_preemptions=recorder.num_preemptions,
+            num_finished=recorder.num_finished,
+            num_failed=recorder.num_failed,
+            num_aborted=recorder.num_aborted,
+            ttft=Distribution.of(list(recorder.ttfts)),
+            latency=Distribution.of(list(recorder.latencies)),
+            inter_token_latency=Distribution.of(list(recorder.inter_token_latencies)),
+        )
+
+    def check_integrity(self) -> None:
+        """Every block is free or held by one running request; without requests all are free. Raises AssertionError."""
+        self.scheduler.check_integrity()
+        known = {*self.scheduler.waiting, *(request.request_id for request in self.scheduler.running)}
+        assert known == set(self._builders), f"requests {known ^ set(self._builders)} are known to one side only"
+        if not known:
+            assert self.block_manager.num_used == 0, f"idle, and {self.block_manager.num_used} blocks are used"

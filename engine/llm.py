@@ -1,0 +1,297 @@
+"""``LLM``: a model and an engine for offline use. Call-compatible with vLLM's class, for what both have."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pagedattn.engine.cache_size import default_num_blocks
+from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.engine import Engine
+from pagedattn.engine.model import KVCache
+from pagedattn.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from pagedattn.engine.policy import BatchingPolicy
+from pagedattn.engine.prompts import Prompt, TokenizedPrompt, is_token_ids, tokenize_prompt
+from pagedattn.engine.sampling_params import SamplingParams
+from pagedattn.engine.scheduler import RequestRejectedError
+from pagedattn.engine.weights import LoadedModel, load_model
+
+# A step of this many tokens keeps the device busy; a longer one would only make running requests wait.
+DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
+PROGRESS_DELAY_SECONDS = 2.0
+
+Message = Mapping[str, Any]
+Work = list[tuple[TokenizedPrompt, SamplingParams]]
+
+
+class LLM:
+    """Loads a model and answers prompts with it, many at once.
+
+    Args:
+        model: a name from ``pagedattn models``, a directory, a GGUF file, a hub id, or a ``LoadedModel`` to share its
+            weights between engines (``dtype`` and ``device`` are then its own).
+        dtype: "auto" is fp32 on a CPU and the checkpoint's dtype on CUDA.
+        device: None takes CUDA where there is one.
+        block_size: tokens per KV-cache block.
+        num_blocks: blocks of the KV cache; None takes what ``max_num_seqs`` sequences need, as far as memory allows.
+        gpu_memory_utilization: share of the GPU's memory, in (0, 1], that weights, activations and KV cache may take.
+        max_model_len: most tokens of a prompt and its generation together; None takes the model's, or what blocks hold.
+        max_num_seqs: most sequences in a step.
+        max_num_batched_tokens: most tokens in a step; None takes 8192 on CUDA and 512 on a CPU.
+        policy: "default", "static" or a ``BatchingPolicy``.
+        seed: where requests without a seed get theirs from.
+
+    Raises ValueError for arguments out of range, and what loading the model raises.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | LoadedModel = "smollm2-135m-instruct",
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int | None = None,
+        policy: str | BatchingPolicy = "default",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(gpu_memory_utilization, int | float) or not 0.0 < gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"gpu_memory_utilization={gpu_memory_utilization!r} is not allowed: it must be a number in (0, 1]"
+            )
+        # Bad sizes are found before a model is loaded for minutes: None stands for a size that memory decides.
+        EngineConfig(
+            num_blocks=1 if num_blocks is None else num_blocks,
+            max_model_len=1 if max_model_len is None else max_model_len,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=1 if max_num_batched_tokens is None else max_num_batched_tokens,
+            policy=policy,
+            seed=seed,
+        )
+        loaded = model if isinstance(model, LoadedModel) else _load(model, dtype, device, max_model_len)
+        self.model_config = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.name = loaded.name
+        self.device = loaded.decoder.device
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = DEFAULT_BATCHED_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
+        longest = loaded.decoder.max_model_len
+        if max_model_len is not None and max_model_len > longest:
+            raise ValueError(f"max_model_len={max_model_len} is not allowed: {self.name} has {longest} positions")
+        if num_blocks is None:
+            num_blocks = default_num_blocks(
+                loaded.decoder,
+                block_size=block_size,
+                max_model_len=max_model_len or longest,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                gpu_memory_utilization=gpu_memory_utilization,
+            )
+        capacity = num_blocks * block_size
+        if max_model_len is not None and max_model_len > capacity:
+            raise ValueError(
+                f"max_model_len={max_model_len} is not allowed: the KV cache holds {capacity} tokens "
+                f"({num_blocks} blocks of {block_size})"
+            )
+        config = EngineConfig(
+            num_blocks=num_blocks,
+            max_model_len=min(longest, capacity) if max_model_len is None else max_model_len,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            policy=policy,
+            seed=seed,
+        )
+        self.engine = Engine(
+            loaded.decoder,
+            KVCache(loaded.config, num_blocks, block_size, loaded.decoder.dtype, self.device),
+            loaded.tokenizer,
+            config,
+            vocab_size=loaded.config.vocab_size,
+            eos_token_ids=loaded.config.eos_token_ids,
+            device=self.device,
+        )
+        self._lock = threading.Lock()
+        self._inboxes: dict[str, deque[RequestOutput]] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer all prompts; the outputs are in the prompts' order.
+
+        A prompt is a string, a list of token ids or ``{"prompt_token_ids": [...]}``; ``sampling_params`` is one for all
+        or a list with one for each. A request that fails or can not fit has ``error`` set and finish_reason "error";
+        the others go on. Raises ValueError, before any work, for a prompt that is empty, of the wrong type or has ids
+        out of the vocabulary. Shows progress on stderr when it takes longer than two seconds, where tqdm is installed.
+        """
+        return self._generate(self._prepare(prompts, sampling_params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or a list of them. A message is ``{"role": ..., "content": ...}``, oldest first.
+
+        As ``generate`` with the model's chat template applied. Raises ValueError when the model has none.
+        """
+        is_single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if is_single else messages
+        texts = [self.tokenizer.apply_chat_template(conversation) for conversation in conversations]
+        prompts: list[Prompt] = [
+            # The template has put the special tokens into the text.
+            {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+            for text in texts
+        ]
+        return self._generate(self._prepare(prompts, sampling_params), use_tqdm)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Generator[RequestOutput]:
+        """As ``generate``, but yields a request's output whenever it got a token, those of all prompts interleaved.
+
+        Each has everything so far (``text``, ``token_ids``) and what is new (``delta_text``, ``delta_token_ids``).
+        Closing the iterator early aborts its requests. Bad prompts raise here and not at the first ``next``.
+        """
+        return self._run(self._prepare(prompts, sampling_params))
+
+    def _prepare(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Work:
+        is_single = isinstance(prompts, str | dict) or (is_token_ids(prompts) and len(prompts) > 0)
+        if not is_single and not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a prompt or a list of prompts, not {prompts!r}")
+        prompt_list: list[Any] = [prompts] if is_single else list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params_list = [sampling_params or SamplingParams()] * len(prompt_list)
+        elif isinstance(sampling_params, Sequence):
+            params_list = list(sampling_params)
+        else:
+            raise TypeError(f"sampling_params must be SamplingParams or a list of them, not {sampling_params!r}")
+        if len(params_list) != len(prompt_list):
+            raise ValueError(
+                f"sampling_params has {len(params_list)} entries: it must have one for each of the "
+                f"{len(prompt_list)} prompts"
+            )
+        vocab_size = self.model_config.vocab_size
+        return [
+            (tokenize_prompt(prompt, self.tokenizer, vocab_size), params)
+            for prompt, params in zip(prompt_list, params_list, strict=True)
+        ]
+
+    def _generate(self, work: Work, use_tqdm: bool) -> list[RequestOutput]:
+        finished: dict[int, RequestOutput] = {}
+        num_tokens = 0
+        with (
+            contextlib.closing(self._run_indexed(work)) as outputs,
+            _progress_bar(use_tqdm, total=len(work), desc="requests", unit="request") as bar,
+        ):
+            for index, output in outputs:
+                num_tokens += sum(len(completion.delta_token_ids) for completion in output.outputs)
+                if output.finished:
+                    finished[index] = output
+                    if bar is not None:
+                        bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
+                        bar.update()
+        return [finished[index] for index in range(len(work))]
+
+    def _run(self, work: Work) -> Generator[RequestOutput]:
+        with contextlib.closing(self._run_indexed(work)) as outputs:
+            for _, output in outputs:
+                yield output
+
+    def _run_indexed(self, work: Work) -> Generator[tuple[int, RequestOutput]]:
+        """The outputs of ``work`` as they come, each with its index; closing it aborts what is unfinished."""
+        inbox: deque[RequestOutput] = deque()
+        indices: dict[str, int] = {}
+        try:
+            for index, (prompt, params) in enumerate(work):
+                try:
+                    request_id = self.engine.add_request(prompt, params)
+                except RequestRejectedError as error:
+                    yield index, self._rejected(index, prompt, str(error))
+                    continue
+                indices[request_id] = index
+                self._inboxes[request_id] = inbox
+            while indices:
+                self._fill(inbox)
+                output = inbox.popleft()
+                index = indices[output.request_id]
+                if output.finished:
+                    del indices[output.request_id]
+                    del self._inboxes[output.request_id]
+                yield index, output
+        finally:
+            for request_id in indices:
+                self._inboxes.pop(request_id, None)
+                self.engine.abort(request_id)
+
+    def _fill(self, inbox: deque[RequestOutput]) -> None:
+        """Step until ``inbox`` has an output; what comes for other iterators on the same engine goes to theirs."""
+        while not inbox:
+            with self._lock:
+                if inbox:
+                    return
+                for output in self.engine.step().outputs:
+                    if output.request_id in self._inboxes:
+                        self._inboxes[output.request_id].append(output)
+                if not inbox and not self.engine.has_unfinished:
+                    raise RuntimeError("somebody else took this iterator's outputs from llm.engine.step()")
+
+    def _rejected(self, index: int, prompt: TokenizedPrompt, reason: str) -> RequestOutput:
+        now = self.engine.clock()
+        return RequestOutput(
+            request_id=f"rejected-{index}",
+            prompt=prompt.text,
+            prompt_token_ids=prompt.token_ids,
+            outputs=[CompletionOutput(finish_reason="error")],
+            finished=True,
+            metrics=RequestMetrics(arrival_time=now, finished_time=now),
+            error=reason,
+        )
+
+
+def _load(
+    model: str | Path, dtype: str | torch.dtype, device: str | torch.device | None, max_model_len: int | None
+) -> LoadedModel:
+    with _progress_bar(True, desc="download", unit="B", unit_scale=True) as bar:
+
+        def show(num_done: int, num_total: int) -> None:
+            bar.total = num_total
+            bar.update(num_done - bar.n)
+
+        return load_model(model, dtype, device, max_model_len, progress=None if bar is None else show)
+
+
+@contextlib.contextmanager
+def _progress_bar(enabled: bool, **options: Any) -> Iterator[Any]:
+    """A tqdm bar on stderr that appears after two seconds; None where tqdm is not installed."""
+    if not enabled:
+        yield None
+        return
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        yield None
+        return
+    with tqdm(**options, delay=PROGRESS_DELAY_SECONDS) as bar:
+        yield bar

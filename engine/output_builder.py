@@ -1,0 +1,110 @@
+"""``OutputBuilder``: from one request's sampled tokens to its text, its end and its ``RequestOutput``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pagedattn.engine.detokenizer import Detokenizer
+from pagedattn.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
+from pagedattn.engine.request import Request
+from pagedattn.engine.sampler import SampledToken, TokenLogprobs
+
+if TYPE_CHECKING:
+    from pagedattn.engine.tokenizer import Tokenizer
+
+
+class OutputBuilder:
+    """Decides when the request ends, by vLLM's rules: a stop id, then a stop string, then the length."""
+
+    def __init__(
+        self, request: Request, prompt: str | None, tokenizer: Tokenizer, eos_token_ids: frozenset[int]
+    ) -> None:
+        self.request = request
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.error: str | None = None
+        self.last_token_time: float | None = None
+        self._prompt = prompt
+        self._prompt_token_ids = request.prompt_token_ids
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._detokenizer = Detokenizer(tokenizer, request.params) if request.params.detokenize else None
+        self._logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
+        self._cumulative_logprob = 0.0
+        self._num_emitted_chars = 0
+        self._num_emitted_tokens = 0
+
+    def append(self, sampled: SampledToken) -> None:
+        """Take the request's next token, and note in ``finish_reason`` whether it ends the request."""
+        request, token_id = self.request, sampled.token_id
+        assert token_id is not None
+        request.token_ids.append(token_id)
+        if self._logprobs is not None and sampled.logprobs is not None:
+            self._logprobs.append(self._decode_logprobs(token_id, sampled.logprobs))
+            self._cumulative_logprob += sampled.logprobs.logprob
+
+        may_stop = request.num_output_tokens > request.params.min_tokens
+        if may_stop and token_id in request.stop_token_ids:
+            is_eos = token_id in self._eos_token_ids and not request.params.ignore_eos
+            self.finish_reason, self.stop_reason = "stop", None if is_eos else token_id
+        if self._detokenizer is not None and not self._append_text(token_id, self._detokenizer, may_stop):
+            return
+        if self.finish_reason is None and request.num_tokens >= request.max_num_tokens:
+            self.finish_reason = "length"
+        if self._detokenizer is not None and self.finish_reason is not None:
+            self._detokenizer.flush()
+
+    def build(self) -> RequestOutput:
+        """The request as it stands; what is new in it counts as handed out."""
+        request = self.request
+        text, num_ready = "", 0
+        if self._detokenizer is not None:
+            text = self._detokenizer.text
+            num_ready = len(text) if self.finish_reason is not None else self._detokenizer.num_ready
+        token_ids = request.output_token_ids
+        completion = CompletionOutput(
+            index=0,
+            text=text[:num_ready],
+            token_ids=token_ids,
+            logprobs=None if self._logprobs is None else self._logprobs.copy(),
+            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            delta_text=text[self._num_emitted_chars : num_ready],
+            delta_token_ids=token_ids[self._num_emitted_tokens :],
+        )
+        self._num_emitted_chars, self._num_emitted_tokens = num_ready, len(token_ids)
+        metrics = RequestMetrics(
+            request.arrival_time,
+            request.first_scheduled_time,
+            request.first_token_time,
+            request.finished_time,
+            request.num_preemptions,
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=[completion],
+            finished=self.finish_reason is not None,
+            metrics=metrics,
+            error=self.error,
+        )
+
+    def _append_text(self, token_id: int, detokenizer: Detokenizer, may_stop: bool) -> bool:
+        """Add the token's text, unless it is a stop token's; False when the text is cut at a stop string."""
+        if self.finish_reason is not None and not self.request.params.include_stop_str_in_output:
+            return True
+        stop_string = detokenizer.append(token_id, may_stop=may_stop and self.finish_reason is None)
+        if stop_string is None:
+            return True
+        self.finish_reason, self.stop_reason = "stop", stop_string
+        return False
+
+    def _decode_logprobs(self, token_id: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
+        """The chosen token first, then the likeliest in their order."""
+        decoded = {token_id: Logprob(logprobs.logprob, logprobs.rank, self._tokenizer.token_text(token_id))}
+        for index, (top_id, logprob) in enumerate(zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)):
+            if top_id != token_id:
+                decoded[top_id] = Logprob(logprob, index + 1, self._tokenizer.token_text(top_id))
+        return decoded

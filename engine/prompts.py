@@ -1,0 +1,66 @@
+"""What a prompt may be, and its token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from pagedattn.engine.tokenizer import Tokenizer
+
+
+class TokensPrompt(TypedDict, total=False):
+    """A prompt that is tokenized already; ``prompt``, its text, is optional and only handed back."""
+
+    prompt_token_ids: Sequence[int]
+    prompt: str
+
+
+Prompt = str | Sequence[int] | TokensPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    text: str | None
+    token_ids: list[int]
+
+
+def is_token_ids(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str | bytes)
+        and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    )
+
+
+def tokenize_prompt(prompt: Prompt | TokenizedPrompt, tokenizer: Tokenizer, vocab_size: int) -> TokenizedPrompt:
+    """Text and ids of a prompt. Raises ValueError when empty, of the wrong type or out of the vocabulary."""
+    if isinstance(prompt, TokenizedPrompt):
+        return prompt
+    text: str | None = None
+    token_ids: Any
+    if isinstance(prompt, str):
+        text, token_ids = prompt, tokenizer.encode(prompt) if prompt else []
+    elif isinstance(prompt, dict):
+        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+        if unknown or "prompt_token_ids" not in prompt:
+            raise ValueError(
+                f"prompt has the keys {sorted(prompt)}: it must have prompt_token_ids, it may have prompt, and no other"
+            )
+        text, token_ids = prompt.get("prompt"), prompt["prompt_token_ids"]
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"prompt must be a string beside prompt_token_ids, not {text!r}")
+    else:
+        token_ids = prompt
+    if not is_token_ids(token_ids):
+        raise ValueError(
+            f"prompt must be a string, a list of token ids or a dict with prompt_token_ids, not {prompt!r}"
+        )
+    if not token_ids:
+        raise ValueError("prompt is empty: it must have at least one token")
+    lowest, highest = min(token_ids), max(token_ids)
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"prompt has the token id {wrong}: ids must be in [0, {vocab_size})")
+    return TokenizedPrompt(text, list(token_ids))

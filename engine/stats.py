@@ -1,0 +1,89 @@
+"""``EngineStats``: a typed snapshot of the engine, and the counters behind it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+# Percentiles are over this many latest values, so that a server's memory stays bounded.
+WINDOW = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Of ``count`` durations, in seconds."""
+
+    count: int
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+
+    @staticmethod
+    def of(values: Iterable[float]) -> Distribution | None:
+        """None where there are no values."""
+        array = np.fromiter(values, dtype=np.float64)
+        if not array.size:
+            return None
+        p50, p95, p99 = np.percentile(array, [50, 95, 99]).tolist()
+        return Distribution(int(array.size), float(array.mean()), p50, p95, p99)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot between two steps.
+
+    A slot holds one token's keys and values; "filled" slots hold a token of an unfinished request, the rest of the
+    allocated ones are wasted. Distributions cover the latest requests and tokens; None before the first.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_used_blocks: int
+    num_allocated_slots: int
+    num_filled_slots: int
+    max_wasted_slots: int  # the most that one sequence holds and does not use
+    num_steps: int
+    num_prompt_tokens: int  # of requests that were added
+    num_generated_tokens: int
+    num_computed_tokens: int  # rows of sequences: prompts, decodes, and what preemptions computed again
+    num_padding_tokens: int  # rows that belong to no sequence
+    num_preemptions: int
+    num_finished: int  # ended by a stop or their length
+    num_failed: int
+    num_aborted: int
+    ttft: Distribution | None  # arrival to first token
+    latency: Distribution | None  # arrival to the end, of finished requests
+    inter_token_latency: Distribution | None  # between two tokens of a request
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Used blocks of all blocks, 0 to 1."""
+        return self.num_used_blocks / self.num_blocks
+
+    @property
+    def kv_utilization(self) -> float | None:
+        """Filled slots of allocated slots, 0 to 1; None when none is allocated."""
+        return self.num_filled_slots / self.num_allocated_slots if self.num_allocated_slots else None
+
+
+class StatsRecorder:
+    """The counters that no other object holds."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.num_computed_tokens = 0
+        self.num_padding_tokens = 0
+        self.num_preemptions = 0
+        self.num_finished = 0
+        self.num_failed = 0
+        self.num_aborted = 0
+        self.ttfts: deque[float] = deque(maxlen=WINDOW)
+        self.latencies: deque[float] = deque(maxlen=WINDOW)
+        self.inter_token_latencies: deque[float] = deque(maxlen=WINDOW)

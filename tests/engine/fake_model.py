@@ -1,0 +1,116 @@
+"""A decoder without weights: the next token is a hash of all tokens before it, read back through the paged cache.
+
+So a block that is shared, lost, overwritten or out of order shows in the tokens. The cache holds token ids.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pagedattn.engine.batch import BatchTensors
+from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.engine import Engine
+
+EOS = 256
+VOCAB_SIZE = 257
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    """What ``FakeDecoder`` answers; 'z' and the id before it are never followed by EOS, the others sometimes."""
+    value = 0
+    for token_id in token_ids:
+        value = (value * 31 + token_id + 7) % 1_000_003
+    return EOS if value % 41 == 0 else 97 + value % 26
+
+
+def expected_tokens(prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
+    """The greedy continuation, by plain arithmetic."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == EOS and not ignore_eos:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class FakeDecoder:
+    """``before_forward`` is called with each batch and may raise; rows of ``nan_prompts`` get NaN logits."""
+
+    block_size: int
+    before_forward: Callable[[BatchTensors], None] | None = None
+    nan_prompts: list[list[int]] = field(default_factory=list)
+
+    def forward(self, batch: BatchTensors, cache: Tensor) -> Tensor:
+        if self.before_forward is not None:
+            self.before_forward(batch)
+        written = batch.slot_mapping >= 0
+        cache[batch.slot_mapping[written]] = batch.input_ids[written]
+        logits = torch.zeros(len(batch.logits_indices), VOCAB_SIZE)
+        for row, index in enumerate(batch.logits_indices.tolist()):
+            sequence = int(torch.searchsorted(batch.query_start_loc, index, right=True)) - 1
+            positions = torch.arange(int(batch.seq_lens[sequence]))
+            blocks = batch.block_table[sequence].long()[positions // self.block_size]
+            token_ids = cache[blocks * self.block_size + positions % self.block_size].tolist()
+            logits[row, next_token(token_ids)] = 9.0
+            if any(token_ids[: len(prompt)] == prompt for prompt in self.nan_prompts):
+                logits[row] = torch.nan
+        return logits
+
+
+class FakeTokenizer:
+    """A byte is a token; EOS is not text."""
+
+    eos_token_ids = (EOS,)
+    bos_token_id = None
+    vocab_size = VOCAB_SIZE
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def token_text(self, token_id: int) -> str:
+        return bytes([token_id]).decode(errors="replace") if token_id < EOS else "<eos>"
+
+    def new_stream(self, skip_special_tokens: bool = True) -> FakeStream:
+        return FakeStream(skip_special_tokens)
+
+
+class FakeStream:
+    def __init__(self, skip_special_tokens: bool) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._eos_text = "" if skip_special_tokens else "<eos>"
+
+    def step(self, token_id: int) -> str | None:
+        return self._eos_text if token_id == EOS else self._decoder.decode(bytes([token_id])) or None
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def fake_engine(*, decoder: Any = None, **config: Any) -> Engine:
+    """An engine on the fake model; ``config`` are fields of ``EngineConfig``."""
+    sizes = EngineConfig(**{"num_blocks": 64, "block_size": 4, "max_model_len": 256, **config})
+    if decoder is None:
+        decoder = FakeDecoder(sizes.block_size)
+    cache = torch.full((sizes.num_blocks * sizes.block_size,), -1, dtype=torch.int64)
+    tokenizer: Any = FakeTokenizer()
+    return Engine(decoder, cache, tokenizer, sizes, vocab_size=VOCAB_SIZE)
+
+
+def run_to_end(engine: Engine, max_steps: int = 10_000) -> dict[str, Any]:
+    """The finished outputs by request id, with the integrity checked after every step."""
+    finished = {}
+    for _ in range(max_steps):
+        for output in engine.step().outputs:
+            if output.finished:
+                finished[output.request_id] = output
+        engine.check_integrity()
+        if not engine.has_unfinished:
+            return finished
+    raise AssertionError(f"requests left after {max_steps} steps")

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from pagedattn.engine.batch import BatchTensors
+from pagedattn.engine.llm import LLM
+from pagedattn.engine.sampling_params import SamplingParams
+from pagedattn.engine.weights import LoadedModel, load_model
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_model("random", device="cpu")
+
+
+@pytest.fixture
+def llm(loaded: LoadedModel) -> Iterator[LLM]:
+    made = LLM(loaded, num_blocks=64)
+    yield made
+    assert not made.engine.has_unfinished
+    made.engine.check_integrity()
+
+
+def token_ids(outputs: list[Any]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_generate_takes_every_kind_of_prompt(llm: LLM) -> None:
+    text = "The capital"
+    ids = llm.tokenizer.encode(text)
+    one = llm.generate(text, GREEDY)
+    assert len(one) == 1
+    assert one[0].prompt == text
+    assert one[0].prompt_token_ids == ids
+    assert one[0].finished
+    assert one[0].error is None
+    assert one[0].outputs[0].finish_reason == "length"
+    same = [
+        llm.generate([text], GREEDY),
+        llm.generate(ids, GREEDY),
+        llm.generate([ids], GREEDY),
+        llm.generate({"prompt_token_ids": ids}, GREEDY),
+        llm.generate([{"prompt_token_ids": ids}], [GREEDY]),
+    ]
+    assert all(token_ids(outputs) == token_ids(one) for outputs in same)
+    assert same[1][0].prompt is None
+
+
+def test_outputs_are_in_the_prompts_order(llm: LLM) -> None:
+    prompts = ["a", "bb", "ccc", "dddd"]
+    params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in (9, 1, 5, 3)]
+    outputs = llm.generate(prompts, params)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(tokens) for tokens in token_ids(outputs)] == [9, 1, 5, 3]
+
+
+def test_no_prompts_no_outputs(llm: LLM) -> None:
+    assert llm.generate([], GREEDY) == []
+
+
+def test_the_defaults_are_those_of_sampling_params(llm: LLM) -> None:
+    [output] = llm.generate("abc")
+    assert len(output.outputs[0].token_ids) <= SamplingParams().max_tokens  # type: ignore[operator]
+
+
+def test_a_prompt_that_is_too_long_is_rejected_and_the_others_go_on(loaded: LoadedModel) -> None:
+    llm = LLM(loaded, num_blocks=4, block_size=8)
+    outputs = llm.generate(["a", "b" * 40, "c"], GREEDY)
+    assert outputs[1].error is not None
+    assert "40 tokens: it must have fewer than max_model_len=32" in outputs[1].error
+    assert outputs[1].outputs[0].finish_reason == "error"
+    assert outputs[1].finished
+    assert [len(tokens) for tokens in token_ids(outputs)] == [8, 0, 8]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("", "empty"),
+        ([""], "empty"),
+        (["a", ""], "empty"),
+        ([[]], "empty"),
+        ([["a"]], "must be a string, a list of token ids"),
+        ([1.5], "must be a string, a list of token ids"),
+        ([[1, 10**9]], "token id 1000000000"),
+        (3, "prompts must be a prompt or a list"),
+    ],
+)
+def test_bad_prompts_raise_before_any_work(llm: LLM, prompts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, GREEDY)
+    with pytest.raises(ValueError, match=message):
+        llm.stream(prompts, GREEDY)
+    assert not llm.engine.has_unfinished
+
+
+def test_bad_sampling_params(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="has 1 entries: it must have one for each of the 2 prompts"):
+        llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(TypeError, match="sampling_params must be"):
+        llm.generate("a", 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sampling_params must be"):
+        llm.generate(["a", "b"], [GREEDY, {}])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="stop_token_ids"):
+        llm.generate(["a", "b"], [GREEDY, SamplingParams(stop_token_ids=[10**6])])
+    assert not llm.engine.has_unfinished  # what was queued before the bad one is gone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_blocks": 0}, "num_blocks=0"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"max_num_seqs": -1}, "max_num_seqs=-1"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens=0"),
+        ({"max_model_len": 0}, "max_model_len=0"),
+        ({"max_model_len": True}, "max_model_len=True"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"policy": "nope"}, "policy='nope' is not known: it must be one of default, static"),
+        ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization=0.0"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
+        ({"max_model_len": 10**9}, "max_model_len=1000000000"),
+        ({"max_model_len": 100, "num_blocks": 2}, "the KV cache holds 32 tokens"),
+    ],
+)
+def test_bad_arguments_name_themselves(loaded: LoadedModel, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(loaded, **arguments)
+
+
+def test_sizes_are_checked_before_a_model_is_looked_for() -> None:
+    with pytest.raises(ValueError, match="block_size=0"):
+        LLM("no-such-model", block_size=0)
+
+
+def test_default_sizes(loaded: LoadedModel) -> None:
+    config = LLM(loaded, max_num_seqs=2).engine.config
+    assert config.max_model_len == loaded.config.max_position_embeddings
+    assert config.num_blocks == 2 * config.max_model_len // config.block_size
+    assert LLM(loaded, num_blocks=3).engine.config.max_model_len == 48  # what the blocks hold
+    assert LLM(loaded, max_num_seqs=2, max_model_len=40).engine.config.num_blocks == 2 * 3
+
+
+def test_stream_interleaves_and_adds_up(llm: LLM) -> None:
+    expected = llm.generate(["abc", "de"], GREEDY)
+    texts: dict[str, str] = {"abc": "", "de": ""}
+    ids: dict[str, list[int]] = {"abc": [], "de": []}
+    order, last = [], {}
+    for output in llm.stream(["abc", "de"], GREEDY):
+        assert output.prompt is not None
+        completion = output.outputs[0]
+        order.append(output.prompt)
+        texts[output.prompt] += completion.delta_text
+        ids[output.prompt] += completion.delta_token_ids
+        assert completion.text == texts[output.prompt]
+        assert completion.token_ids == ids[output.prompt]
+        last[output.prompt] = output
+    assert order == ["abc", "de"] * 8
+    assert token_ids([last["abc"], last["de"]]) == token_ids(expected)
+    assert [last[p].outputs[0].text for p in ("abc", "de")] == [output.outputs[0].text for output in expected]
+
+
+def test_a_closed_stream_aborts_its_requests(llm: LLM) -> None:
+    stream = llm.stream(["abc", "de"], GREEDY)
+    next(stream)
+    assert llm.engine.stats().num_running == 2
+    stream.close()
+    assert not llm.engine.has_unfinished
+    assert llm.engine.stats().num_used_blocks == 0
+    assert llm.engine.stats().num_aborted == 2
+
+
+def test_a_dropped_stream_aborts_its_requests(llm: LLM) -> None:
+    stream = llm.stream("abc", GREEDY)
+    next(stream)
+    del stream
+    gc.collect()
+    assert not llm.engine.has_unfinished
+
+
+def test_a_stream_that_was_never_started_costs_nothing(llm: LLM) -> None:
+    stream = llm.stream("abc", GREEDY)
+    assert not llm.engine.has_unfinished
+    stream.close()
+
+
+def test_two_streams_and_a_generate_share_the_engine(llm: LLM) -> None:
+    expected = token_ids(llm.generate(["abc", "de", "f"], GREEDY))
+    first, second = llm.stream("abc", GREEDY), llm.stream("de", GREEDY)
+    streamed = [[next(first)], [next(second)]]
+    between = llm.generate("f", GREEDY)
+    streamed[1] += second
+    streamed[0] += first
+    assert token_ids([streamed[0][-1], streamed[1][-1], between[0]]) == expected
+    assert [len(outputs) for outputs in streamed] == [8, 8]
+
+
+def test_aborting_inside_a_stream_ends_that_request_only(llm: LLM) -> None:
+    reasons: dict[str | None, Any] = {}
+    for output in llm.stream(["abc", "de"], GREEDY):
+        if output.prompt == "abc" and len(output.outputs[0].token_ids) == 3:
+            llm.engine.abort(output.request_id)
+        if output.finished:
+            reasons[output.prompt] = (output.outputs[0].finish_reason, len(output.outputs[0].token_ids))
+    assert reasons == {"abc": ("abort", 3), "de": ("length", 8)}
+
+
+def test_outputs_taken_by_another_hand_do_not_hang_the_stream(llm: LLM) -> None:
+    stream = llm.stream("abc", GREEDY)
+    next(stream)
+    while llm.engine.has_unfinished:
+        llm.engine.step()
+    with pytest.raises(RuntimeError, match="took this iterator's outputs"):
+        list(stream)
+
+
+def test_an_interrupted_generate_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, calls = llm.engine.decoder.forward, []
+
+    def interrupted(batch: BatchTensors, cache: Any) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(batch, cache)
+
+    monkeypatch.setattr(llm.engine.decoder, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["abc", "de"], GREEDY)
+    assert not llm.engine.has_unfinished
+    assert llm.engine.stats().num_used_blocks == 0
+    monkeypatch.undo()
+    assert len(token_ids(llm.generate("abc", GREEDY))[0]) == 8
+
+
+def test_chat_applies_the_template(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "hi"}]
+    text = llm.tokenizer.apply_chat_template(conversation)
+    ids = llm.tokenizer.encode(text, add_special_tokens=False)
+    [one] = llm.chat(conversation, GREEDY)
+    assert (one.prompt, one.prompt_token_ids) == (text, ids)
+    assert token_ids([one]) == token_ids(llm.generate(ids, GREEDY))
+    assert len(llm.chat([conversation, conversation], GREEDY)) == 2
+    with pytest.raises(ValueError, match="content"):
+        llm.chat([{"role": "user"}], GREEDY)
+
+
+def test_policies_give_the_same_tokens(loaded: LoadedModel) -> None:
+    prompts = [[65 + index] * (index + 1) for index in range(6)]
+    runs = []
+    for policy in ("default", "static"):
+        llm = LLM(loaded, num_blocks=32, policy=policy, max_num_seqs=4, max_num_batched_tokens=8)
+        runs.append(token_ids(llm.generate(prompts, GREEDY)))
+        assert (llm.engine.stats().num_padding_tokens > 0) == (policy == "static")
+    assert runs[0] == runs[1]
+
+
+def test_seeded_samples_do_not_depend_on_company_or_preemption(loaded: LoadedModel) -> None:
+    params = SamplingParams(seed=11, max_tokens=24, ignore_eos=True, top_p=0.9)
+    [alone] = token_ids(LLM(loaded, num_blocks=64).generate("abc", params))
+    crowded = LLM(loaded, num_blocks=10, block_size=4)
+    outputs = crowded.generate(["xyz", "uvw", "abc"], [SamplingParams(max_tokens=24, ignore_eos=True)] * 2 + [params])
+    assert crowded.engine.stats().num_preemptions > 0
+    assert token_ids(outputs)[2] == alone
+
+
+def test_progress_is_silent_when_quick(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate("abc", GREEDY)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_progress_is_shown_when_slow(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pagedattn.engine.llm.PROGRESS_DELAY_SECONDS", 0.0)
+    llm.generate(["abc", "de"], GREEDY)
+    assert "2/2" in capsys.readouterr().err
+    llm.generate("abc", GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
