@@ -2,8 +2,8 @@
 
     python -m benchmarks.host_cost [--json OUT]
 
-On CUDA calls are enqueued on shapes whose kernels are shorter than their launch, and the clock stops before the device does.
-On a CPU the calls carry no tokens, so that what is timed is the wrapper, the dispatcher and the checks.
+On CUDA calls are enqueued on shapes whose kernels are shorter than their launch, and the clock stops before the
+device does. On a CPU the calls carry no tokens, so that what is timed is the wrapper, the dispatcher and the checks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,13 @@ def measure() -> dict[str, float]:
     slots = torch.arange(batch, device=device) * 256 + 39
     positions = torch.full((batch,), 39, device=device)
     cos_sin = torch.randn(256, 128, device=device)
-    geometry = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "block_size": 16, "max_query_len": 1}
+    geometry: dict[str, Any] = {
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_size": 128,
+        "block_size": 16,
+        "max_query_len": 1,
+    }
     plan = pagedattn.plan_attention(seq_lens, starts, max_seq_len=256, **geometry)
     out = torch.empty_like(query)
     attention = (query, key_cache, value_cache, table, seq_lens, starts)

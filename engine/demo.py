@@ -103,7 +103,9 @@ def make_arrivals(llm: LLM, num_requests: int, rate: float, seed: int) -> list[A
 def _warm_up(llm: LLM, arrivals: Sequence[Arrival]) -> None:
     """What only the first steps pay for (memory, kernels) happens before the clock starts."""
     prompts = [arrival.prompt_token_ids for arrival in arrivals[:2]]
-    llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=2), use_tqdm=False)
+    for output in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=2), use_tqdm=False):
+        if output.error is not None:
+            raise RuntimeError(output.error)
 
 
 def as_document(
@@ -129,6 +131,7 @@ def as_document(
                     "finished_time": answer.finished_time,
                     "num_tokens": answer.num_tokens,
                     "finish_reason": answer.finish_reason,
+                    "error": answer.error,
                     "text": answer.text,
                 }
                 for answer in run.answers

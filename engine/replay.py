@@ -40,6 +40,7 @@ class Answer:
     text: str = ""
     num_tokens: int = 0
     finish_reason: str | None = None
+    error: str | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
 
@@ -162,6 +163,7 @@ def _step(engine: Engine, run: Replay, slots: _Slots, origin: float) -> StepReco
         answer = run.answers[int(output.request_id)]
         choice = output.outputs[0]
         answer.text, answer.num_tokens, answer.finish_reason = choice.text, len(choice.token_ids), choice.finish_reason
+        answer.error = output.error
         if answer.first_token_time is None and choice.token_ids:
             answer.first_token_time = end
         if output.finished:

@@ -1,17 +1,19 @@
 """Paged attention in Triton: one launch for decodes, prefill chunks and any mixture of them.
 
-Memory: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, D]; block_table [B, max_blocks]; items, merges and
-counts as ``kernels/plan_reference.py`` describes. A program runs one item for one KV head: its tile's query tokens times the
-GROUP query heads that share the KV head are the rows of the products, laid token by token, so row r is query token
-r // GROUP and head r % GROUP. Split tiles leave normalized fp32 partials [slots, Hkv, ROWS, D] and their log2-sum-exp.
+Memory: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, D]; block_table [B, max_blocks]; items,
+merges and counts as ``kernels/plan_reference.py`` describes. A program runs one item for one KV head: its tile's
+query tokens times the GROUP query heads that share the KV head are the rows of the products, laid token by token, so
+row r is query token r // GROUP and head r % GROUP. Split tiles leave normalized fp32 partials [slots, Hkv, ROWS, D]
+and their log2-sum-exp.
 
-Online softmax: Milakov and Gimelshein, 2018. Tiling: FlashAttention-2 (Dao, 2023). Splitting keys: Flash-Decoding (Dao et
-al., 2023). Block tables: PagedAttention (Kwon et al., SOSP 2023).
+Online softmax: Milakov and Gimelshein, 2018. Tiling: FlashAttention-2 (Dao, 2023). Splitting keys: Flash-Decoding
+(Dao et al., 2023). Block tables: PagedAttention (Kwon et al., SOSP 2023).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -325,7 +327,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one thread block may use."""
     if device.type != "cuda":
         return INTERPRETER_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def paged_attention(
@@ -336,15 +339,16 @@ def paged_attention(
     plan_items: Tensor,
     merges: Tensor,
     counts: Tensor,
+    partials: Tensor,
     *,
     tiling: AttentionTiling,
     scale: float,
     causal: bool,
     sliding_window: int | None,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
 ) -> None:
-    """Write attention into ``out`` [T, Hq, D] and its log-sum-exp into ``lse`` (fp32 [T, Hq]; may be empty: not wanted)."""
+    """Write attention into ``out`` [T, Hq, D] and its log-sum-exp into ``lse`` (fp32 [T, Hq]; None: not wanted)."""
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads = key_cache.shape[2]
     group = num_heads // num_kv_heads
@@ -357,21 +361,28 @@ def paged_attention(
     all_tiles = num_seqs * tiling.tiles_per_sequence
     items = min(all_tiles, num_tokens // tiling.queries_per_tile + num_seqs) + tiling.max_items - all_tiles
     items += num_tokens // tiling.queries_per_tile + 1
-    partial_rows = tiling.max_slots * num_kv_heads * tiling.rows
-    partials = out.new_empty(partial_rows * (head_size + 1), dtype=torch.float32)
     strides = (
         *out.stride()[:2], *query.stride()[:2],
         *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0),
     )  # fmt: skip
     constants = (
         group, head_size, padded, key_cache.shape[1], tiling.rows, tiling.queries_per_tile, launch.block_n,
-        causal, sliding_window is not None, lse.numel() > 0,
+        causal, sliding_window is not None, lse is not None,
     )  # fmt: skip
     launch_attention(
         (query.dtype, num_kv_heads, strides, constants),
         (items * num_kv_heads, 1),
         (out, lse, partials, query, key_cache, value_cache, block_table, plan_items, merges, counts),
-        (partial_rows * head_size, scale * LOG2E, sliding_window or 0, num_tokens, num_kv_heads, *strides, *constants),
+        query.device,
+        (
+            partials.shape[0] * head_size,
+            scale * LOG2E,
+            sliding_window or 0,
+            num_tokens,
+            num_kv_heads,
+            *strides,
+            *constants,
+        ),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -380,19 +391,16 @@ def paged_attention(
 launch_attention = Launcher(paged_attention_kernel)
 
 
-def unsupported(
-    *, head_size: int, head_size_v: int, query_dtype: torch.dtype, cache_dtype: torch.dtype, **given: object
-) -> str:
-    """The name of the first feature that these kernels do not have yet, or an empty string. ``given`` maps arguments to values."""
+def unsupported(query: Tensor, key_cache: Tensor, value_cache: Tensor, **given: object) -> str:
+    """The first feature that these kernels do not have yet, or nothing. ``given`` maps optional arguments to values."""
     for name, value in given.items():
         if value is not None:
             return name
+    head_size, head_size_v = query.shape[2], value_cache.shape[3]
     if head_size > MAX_HEAD_SIZE:
         return f"head_size {head_size} > {MAX_HEAD_SIZE}"
+    if key_cache.dtype != query.dtype:
+        return f"a {key_cache.dtype} cache with a {query.dtype} query"
     if head_size_v != head_size:
         return f"head_size_v {head_size_v} != head_size {head_size}"
-    if query_dtype != cache_dtype:
-        return f"{cache_dtype} caches with a {query_dtype} query"
-    if query_dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {query_dtype}"
     return ""

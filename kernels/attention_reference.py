@@ -1,8 +1,9 @@
 """Paged attention in torch: what the Triton kernel must compute, and the serving path of machines without a GPU.
 
-Query tokens are cut into tiles, tiles of equal shape and similar length are stacked into groups, and a group walks over its
-keys a chunk at a time with an online softmax (Milakov and Gimelshein, 2018). Working memory is bounded by ``GATHERED`` and
-``LOGITS`` elements whatever the lengths; a batch of one long and many short sequences is never padded to the long one.
+Query tokens are cut into tiles, tiles of equal shape and similar length are stacked into groups, and a group walks
+over its keys a chunk at a time with an online softmax (Milakov and Gimelshein, 2018). Working memory is bounded by
+``GATHERED`` and ``LOGITS`` elements whatever the lengths; a batch of one long and many short sequences is never
+padded to the long one.
 
 Layouts: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, Dv]; block_table [B, max_blocks].
 """
@@ -87,16 +88,17 @@ def paged_attention(
     scale: float,
     masking: Masking,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Write attention into ``out`` [T, Hq, Dv] and its log-sum-exp into ``lse`` (fp32 [T, Hq]; may be empty: not wanted)."""
+    """Write attention into ``out`` [T, Hq, Dv] and its log-sum-exp into ``lse`` (fp32 [T, Hq]; None: not wanted)."""
     if q_scale is not None and q_scale.dim() == 1:
         q_scale = q_scale.repeat_interleave(query.shape[1] // key_cache.shape[2])
     out.zero_()
-    lse.fill_(float("-inf"))
+    if lse is not None:
+        lse.fill_(float("-inf"))
     num_heads, num_kv_heads, block_size = query.shape[1], key_cache.shape[2], key_cache.shape[1]
     kv_elements = num_kv_heads * (query.shape[2] + out.shape[2])  # per key
     tile_queries = max(1, min(MAX_TILE_QUERIES, LOGITS // (512 * num_heads)))
@@ -108,7 +110,7 @@ def paged_attention(
             group_query, key_cache, value_cache, block_table, columns, masking, k_scale, v_scale
         )
         out[columns.rows] = result.to(out.dtype)
-        if lse.numel():
+        if lse is not None:
             lse[columns.rows] = result_lse
 
 
@@ -178,8 +180,8 @@ def _attend(
     denominator = torch.zeros_like(maximum)
     accumulator = query.new_zeros(num_kv_heads, tiles, rows, head_size_v)
 
-    keys = min(GATHERED // (num_kv_heads * (head_size + head_size_v)), LOGITS // (num_heads * queries)) // tiles
-    chunk = max(1, keys // block_size)  # blocks of each tile at once
+    at_once = min(GATHERED // (num_kv_heads * (head_size + head_size_v)), LOGITS // (num_heads * queries)) // tiles
+    chunk = max(1, at_once // block_size)  # blocks of each tile at once
     for start in range(0, group.num_blocks, chunk):
         count = min(chunk, group.num_blocks - start)
         table = group.table(block_table, start, count, block_size)
@@ -231,7 +233,7 @@ def _apply_masking(logits: Tensor, key_position: Tensor, group: Group, masking: 
 
 
 def _tree_visible(column: Tensor, mask: Tensor) -> Tensor:
-    """Keys before the sequence's query tokens (column < 0) are seen, its query tokens where mask [G, Q, columns] says so."""
+    """Keys before the sequence's query tokens (column < 0) are seen, query tokens where mask [G, Q, columns] says."""
     inside = (column >= 0) & (column < mask.shape[-1])
     picked = torch.gather(mask, 2, column.clamp(0, mask.shape[-1] - 1).expand(-1, mask.shape[1], -1))
     return (column < 0) | (inside & picked)

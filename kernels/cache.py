@@ -1,8 +1,9 @@
 """Writing paged KV caches in Triton: one launch rotates queries and keys and stores keys and values.
 
-Memory: key and value [T, Hkv, D]; query [T, Hq, D]; caches [N, S, Hkv, D] with any strides; slot_mapping int64 [T], block * S +
-offset, -1 skips; cos_sin [P, rotary_dim], cosines in its first half. A program takes one token and either all of its KV heads
-(second grid axis 0) or its query heads (1). A rotated pair is loaded and stored by one thread, so rotating in place is safe.
+Memory: key and value [T, Hkv, D]; query [T, Hq, D]; caches [N, S, Hkv, D] with any strides; slot_mapping int64 [T],
+block * S + offset, -1 skips; cos_sin [P, rotary_dim], cosines in its first half. A program takes one token and either
+all of its KV heads (second grid axis 0) or its query heads (1). A rotated pair is loaded and stored by one thread, so
+rotating in place is safe.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pagedattn.kernels.tiling import next_power_of_2
 @triton.jit
 def copy_heads(
     source_ptr, destination_ptr, stride_source_head, stride_destination_head,
-    FIRST: tl.constexpr, END: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM_PADDED: tl.constexpr,
+    FIRST: tl.constexpr, END: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM_PADDED:
+    tl.constexpr,
 ):  # fmt: skip
     """Copy elements FIRST..END of every head."""
     head = tl.arange(0, HEADS_PADDED)[:, None]
@@ -171,12 +173,14 @@ def _launch(
         key_cache.shape[1],
         num_heads, next_power_of_2(num_heads), num_kv_heads, next_power_of_2(num_kv_heads),
         head_size, value.shape[2], next_power_of_2(value.shape[2]),
-        rotary_dim, next_power_of_2(max(1, rotary_dim // 2)), next_power_of_2(max(1, head_size - rotary_dim)), interleaved,
+        rotary_dim, next_power_of_2(max(1, rotary_dim // 2)), next_power_of_2(max(1, head_size - rotary_dim)),
+        interleaved,
     )  # fmt: skip
     launch_append(
         (key.dtype, strides, constants),
         (num_tokens, 1 if query is None else 2),
         (query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping),
+        key.device,
         (*strides, *constants),
         num_warps=4,
     )
@@ -185,11 +189,6 @@ def _launch(
 launch_append = Launcher(append_kv_kernel)
 
 
-def unsupported(*, key: Tensor, key_cache: Tensor, value_cache: Tensor, **given: object) -> str:
-    """The name of the first feature that these kernels do not have yet, or an empty string. ``given`` maps arguments to values."""
-    for name, value in given.items():
-        if value is not None:
-            return name
-    if key_cache.dtype != key.dtype or value_cache.dtype != key.dtype:
-        return f"{key_cache.dtype} caches with {key.dtype} keys"
-    return ""
+def unsupported(key: Tensor, key_cache: Tensor) -> str:
+    """The first feature that these kernels do not have yet, or nothing."""
+    return "" if key_cache.dtype == key.dtype else f"a {key_cache.dtype} cache"

@@ -1,6 +1,7 @@
 """Writing, reading and copying paged KV caches in torch: what the Triton kernels must do, and the path of CPU tensors.
 
-Layouts: key and value [T, Hkv, D]; caches [N, S, Hkv, D] of any strides; slot_mapping int64 [T], block * S + offset, -1 skips.
+Layouts: key and value [T, Hkv, D]; caches [N, S, Hkv, D] of any strides; slot_mapping int64 [T], block * S + offset,
+-1 skips.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def append_kv(
 
 
 def rotate(tensor: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding (Su et al., 2021) of [T, H, D] by the tokens' rows of cos_sin [T, rotary_dim], in fp32; the rest passes."""
+    """Rotary embedding (Su et al., 2021) of [T, H, D] by the tokens' rows of cos_sin [T, rotary_dim], in fp32."""
     rotary_dim = cos_sin.shape[-1]
     cos, sin = cos_sin.float()[:, None].chunk(2, dim=-1)
     rotated = tensor[..., :rotary_dim].float()
@@ -73,7 +74,7 @@ def rope_append_kv(
 
 
 def copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
-    """Copy blocks block_mapping[:, 0] of the sources to blocks block_mapping[:, 1]; everything is read before it is written."""
+    """Copy blocks block_mapping[:, 0] of the sources to blocks block_mapping[:, 1]; reads come before writes."""
     for source, destination in ((src_key, dst_key), (src_value, dst_value)):
         blocks = source[block_mapping[:, 0].to(source.device)].to(destination.device)
         destination[block_mapping[:, 1].to(destination.device)] = blocks

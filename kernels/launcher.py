@@ -1,8 +1,9 @@
 """Launching a Triton kernel at the cost of the launch.
 
-``kernel[grid](...)`` works out on every call which compiled variant its arguments need; with forty arguments that costs more
-host time than the kernel costs device time. A ``Launcher`` is told: its key holds all that the compiled code may depend on
-(constants, strides, alignment of pointers, dtypes), so that calls with a key seen before go straight to the compiled kernel.
+``kernel[grid](...)`` works out on every call which compiled variant its arguments need; with forty arguments that
+costs more host time than the kernel costs device time. A ``Launcher`` is told: its key holds all that the compiled
+code may depend on (constants, strides, alignment of pointers, dtypes), so that calls with a key seen before go
+straight to the compiled kernel.
 """
 
 from __future__ import annotations
@@ -26,26 +27,27 @@ class Launcher:
         key: tuple[Hashable, ...],
         programs: tuple[int, int],
         tensors: tuple[Tensor | None, ...],
+        device: torch.device,
         sizes: tuple[Any, ...],
         *,
         num_warps: int,
         num_stages: int = 3,
     ) -> None:
-        """Launch on the current stream of the last tensor's device.
+        """Launch on the device's current stream.
 
         Args:
             key: all that the compiled code may depend on, except the device and the alignment of the tensors.
             programs: the grid.
             tensors: the kernel's leading parameters.
+            device: theirs.
             sizes: all of its other parameters, constexprs included, in its order.
         """
-        device = tensors[-1].device
         if device.type != "cuda":
             self._kernel[programs](*tensors, *sizes, num_warps=num_warps, num_stages=num_stages)
             return
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self(key, programs, tensors, sizes, num_warps=num_warps, num_stages=num_stages)
+                self(key, programs, tensors, device, sizes, num_warps=num_warps, num_stages=num_stages)
             return
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         alignment = [pointer % 16 == 0 for pointer in pointers]

@@ -131,6 +131,7 @@ def plan_attention(
         constants,
         (programs, 1),
         (seq_lens, query_start_loc, items, merges, counts),
+        seq_lens.device,
         (
             num_seqs, sliding_window or 0, tiling.target_items,
             items.shape[0], merges.shape[0], counts.shape[0] - 4, programs, *constants,

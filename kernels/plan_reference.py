@@ -5,7 +5,8 @@ A plan is three int32 tensors:
 - items [max_items, 8]: sequence, first row in the batch, queries, position of the first query, first key, end key,
   slot and merge (-1: the tile is not split, its item writes the output);
 - merges [max_merges, 2]: first slot, number of slots;
-- counts [4 + max_merges * Hkv]: items, merges, rows that belong to a sequence, chunk length; then, for each merge and KV
+- counts [4 + max_merges * Hkv]: items, merges, rows that belong to a sequence, chunk length; then, for each merge and
+KV
   head, how many of its items are done: 0 between two launches.
 """
 

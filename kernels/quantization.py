@@ -30,7 +30,7 @@ def dequantize(stored: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def quantize(values: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
-    """Values [..., H, D] divided by scale (0-d, [H] or [..., H]), rounded to nearest even and saturated, as stored in ``dtype``."""
+    """Values [..., H, D] over scale (0-d, [H] or [..., H]), rounded to even, saturated, as ``dtype`` stores them."""
     if dtype not in LARGEST:
         return values.to(dtype)
     values = values.float()

@@ -2,13 +2,15 @@
 
 Pure functions of host integers, so that they can be tested anywhere and never cost a synchronization. The vocabulary:
 
-- a *tile* is up to ``queries_per_tile`` consecutive query tokens of one sequence with all query heads of one KV head: the
+- a *tile* is up to ``queries_per_tile`` consecutive query tokens of one sequence with all query heads of one KV head:
+the
   rows of one tensor-core product;
-- an *item* is one tile against one *chunk* of the keys it can see. Items are what a plan lists and what a thread block runs;
+- an *item* is one tile against one *chunk* of the keys it can see. Items are what a plan lists and what a thread
+block runs;
 - a tile of several items is *split*: its items write fp32 partials into *slots*, and a *merge* adds them up.
 
-The chunk length is chosen on the device (it depends on the lengths); its bounds here make every buffer's size a function of
-shapes alone.
+The chunk length is chosen on the device (it depends on the lengths); its bounds here make every buffer's size a
+function of shapes alone.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ class AttentionLaunch:
 
 @lru_cache(maxsize=1024)
 def choose_launch(*, rows: int, head_size: int, itemsize: int, shared_memory: int) -> AttentionLaunch:
-    """Choose keys per iteration, warps and pipeline depth so that the kernel fits in ``shared_memory`` bytes per block."""
+    """Choose keys per iteration, warps and pipeline depth to fit in ``shared_memory`` bytes per thread block."""
     padded = max(16, next_power_of_2(head_size))
     if itemsize == 4:  # IEEE fp32 dots run on the FMA units and keep both operands in registers
         return AttentionLaunch(block_n=16 if padded > 128 else 32, num_warps=4 if rows <= 16 else 8, num_stages=1)

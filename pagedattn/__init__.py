@@ -1,4 +1,4 @@
-"""Paged attention for PyTorch: block-table attention and KV append as torch ops, and a small engine that serves with them.
+"""Paged attention for PyTorch: block-table attention and KV append as torch ops, and a small engine on top of them.
 
     import pagedattn
 

@@ -1,19 +1,19 @@
 """The contract of the ops: each one's schema, host checks, fake and dispatch.
 
-CPU tensors go to the torch reference, CUDA tensors to the Triton kernels; with ``TRITON_INTERPRET=1`` in the environment
-before import, CPU tensors go to the Triton kernels too. ``PAGEDATTN_CHECK=1`` also checks values (ids, lengths, duplicate
-slots), which synchronizes. Shapes use T tokens in this step, B sequences, Hq and Hkv heads, D head size, N blocks, S block
-size. Every op is also ``torch.ops.pagedattn.<name>``, where a plan is its three tensors.
+CPU tensors go to the torch reference, CUDA tensors to the Triton kernels; with ``TRITON_INTERPRET=1`` in the
+environment before import, CPU tensors go to the Triton kernels too. ``PAGEDATTN_CHECK=1`` also checks values (ids,
+lengths, duplicate slots), which synchronizes. Shapes use T tokens in this step, B sequences, Hq and Hkv heads, D head
+size, N blocks, S block size. Every op is also ``torch.ops.pagedattn.<name>``, where a plan is its tensors.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -85,12 +85,12 @@ def _check_index(
     name: str, given: Tensor, dtype: torch.dtype, dims: int, device: torch.device, size: Any = None
 ) -> None:
     """An index tensor: dtype, rank, first size if given, last dimension contiguous, on the ops' device."""
-    if given.dtype != dtype or given.dim() != dims or (size is not None and given.shape[0] != size):
+    if given.dtype != dtype or given.ndim != dims or (size is not None and given.shape[0] != size):
         shape = "[" + ", ".join([str(size) if size is not None else ":", ":"][:dims]) + "]"
         _fail(name, given, f"{dtype} {shape}".replace("torch.", ""))
     if given.device != device:
         _fail(name, given, f"on {device}")
-    if given.stride(-1) != 1 and given.shape[-1] > 1:
+    if given.stride()[-1] != 1 and given.shape[-1] > 1:
         _fail(name, given.stride(), "contiguous in its last dimension")
 
 
@@ -98,32 +98,38 @@ def _check_rows(
     name: str, given: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], tokens: Any = None
 ) -> None:
     """A tensor of heads per token: [T, H, D]."""
-    if given.dim() != 3 or (tokens is not None and given.shape[0] != tokens):
+    if given.ndim != 3 or (tokens is not None and given.shape[0] != tokens):
         _fail(name, given, f"[{'T' if tokens is None else tokens}, heads, head_size]")
     if given.dtype not in dtypes:
         _fail(name, given, f"one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
     if given.device != device:
         _fail(name, given, f"on {device}")
-    if given.stride(2) != 1 and given.shape[2] > 1:
+    if given.stride()[2] != 1 and given.shape[2] > 1:
         _fail(name, given.stride(), "contiguous in its last dimension")
 
 
+def _check_cache(name: str, cache: Tensor, device: torch.device) -> Sequence[int]:
+    if cache.ndim != 4:
+        _fail(name, cache, "[num_blocks, block_size, num_kv_heads, head_size]")
+    if cache.dtype not in _CACHE_DTYPES:
+        _fail(name, cache, "fp16, bf16, fp32, float8_e4m3fn, float8_e5m2, int8 or uint8 (int4)")
+    if cache.device != device:
+        _fail(name, cache, f"on {device}")
+    shape = cache.shape
+    if cache.stride()[3] != 1 and shape[3] > 1:
+        _fail(name, cache.stride(), "contiguous in its last dimension")
+    return shape
+
+
 def _check_caches(key_cache: Tensor, value_cache: Tensor, device: torch.device) -> None:
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if cache.dim() != 4:
-            _fail(name, cache, "[num_blocks, block_size, num_kv_heads, head_size]")
-        if cache.dtype not in _CACHE_DTYPES:
-            _fail(name, cache, "fp16, bf16, fp32, float8_e4m3fn, float8_e5m2, int8 or uint8 (int4)")
-        if cache.device != device:
-            _fail(name, cache, f"on {device}")
-        if cache.stride(3) != 1 and cache.shape[3] > 1:
-            _fail(name, cache.stride(), "contiguous in its last dimension")
-    if key_cache.shape[1] < 1:
+    blocks, block_size, num_kv_heads, _ = _check_cache("key_cache", key_cache, device)
+    if block_size < 1:
         _fail("key_cache", key_cache, "of block_size >= 1")
-    if key_cache.shape[2] < 1:
+    if num_kv_heads < 1:
         _fail("key_cache", key_cache, "of num_kv_heads >= 1")
-    if key_cache.shape[:3] != value_cache.shape[:3]:
-        _fail("value_cache", value_cache, f"[{', '.join(map(str, key_cache.shape[:3]))}, :] like key_cache")
+    blocks_v, block_size_v, num_kv_heads_v, _ = _check_cache("value_cache", value_cache, device)
+    if blocks_v != blocks or block_size_v != block_size or num_kv_heads_v != num_kv_heads:
+        _fail("value_cache", value_cache, f"[{blocks}, {block_size}, {num_kv_heads}, :] like key_cache")
     if value_cache.dtype != key_cache.dtype:
         _fail("value_cache", value_cache, f"{key_cache.dtype} like key_cache")
 
@@ -151,24 +157,36 @@ def _check_head_size(name: str, head_size: int) -> None:
         raise ValueError(f"{name}: got head size {head_size}; must be a multiple of 8 up to 256, 512 or 576")
 
 
-def _check_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-    sliding_window: int | None,
-    attention_chunk: int | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    tree_mask: Tensor | None,
-) -> None:
+class _Attention(NamedTuple):
+    """The arguments of ``paged_attention`` as the op receives them; shapes as in its docstring."""
+
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    max_query_len: int
+    max_seq_len: int
+    scale: float
+    causal: bool
+    sliding_window: int | None
+    attention_chunk: int | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    tree_mask: Tensor | None
+    plan: list[Tensor] | None
+
+
+def _check_attention(call: _Attention) -> None:
+    (
+        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, _, _,
+        sliding_window, attention_chunk, _, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask, _,
+    ) = call  # fmt: skip
     device = query.device
     _check_rows("query", query, device, _QUERY_DTYPES)
     _check_caches(key_cache, value_cache, device)
@@ -251,17 +269,12 @@ def _check_append(
     _require_no_grad(key=key, value=value, key_cache=key_cache, value_cache=value_cache)
 
 
-def _check_attention_values(
-    key_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-    rows: int,
-) -> None:
+def _check_attention_values(call: _Attention) -> None:
     """The checks of PAGEDATTN_CHECK=1: they read the tensors, and so synchronize."""
-    lengths, starts = seq_lens.tolist(), query_start_loc.tolist()
+    lengths, starts, max_seq_len, rows = (
+        call.seq_lens.tolist(), call.query_start_loc.tolist(), call.max_seq_len, call.query.shape[0],
+    )  # fmt: skip
+    block_table, key_cache, max_query_len = call.block_table, call.key_cache, call.max_query_len
     if not all(0 <= n <= max_seq_len for n in lengths):
         _fail("seq_lens", lengths, f"within 0..max_seq_len={max_seq_len}")
     steps = [end - begin for begin, end in itertools.pairwise(starts)]
@@ -270,7 +283,7 @@ def _check_attention_values(
     if not all(0 <= n <= max_query_len for n in steps):
         _fail("query_start_loc", starts, f"rising by 0..max_query_len={max_query_len}")
     blocks = torch.arange(block_table.shape[1], device=block_table.device)
-    used = block_table[blocks * key_cache.shape[1] < seq_lens[:, None]]
+    used = block_table[blocks * key_cache.shape[1] < call.seq_lens[:, None]]
     bad = used[(used < 0) | (used >= key_cache.shape[0])].tolist()
     if bad:
         _fail("block_table", bad[:4], f"block ids within 0..{key_cache.shape[0] - 1}")
@@ -326,11 +339,12 @@ def _window(sliding_window: int | None, max_seq_len: int) -> int | None:
     return None if sliding_window is None or sliding_window >= max_seq_len else sliding_window
 
 
-def _plan_buffers(tiling: AttentionTiling, num_kv_heads: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_buffers(tiling: AttentionTiling, num_kv_heads: int, head_size: int, like: Tensor) -> tuple[Tensor, ...]:
     return (
         like.new_empty((tiling.max_items, 8), dtype=torch.int32),
         like.new_empty((tiling.max_merges, 2), dtype=torch.int32),
         like.new_empty((4 + tiling.max_merges * num_kv_heads,), dtype=torch.int32),
+        like.new_empty((tiling.max_slots * num_kv_heads * tiling.rows, head_size + 1), dtype=torch.float32),
     )
 
 
@@ -392,22 +406,11 @@ def _plan_attention(
     max_query_len: int,
     max_seq_len: int,
     sliding_window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    buffers = _plan_attention_fake(
-        seq_lens, query_start_loc, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window
-    )
-    _plan_attention_out(
-        seq_lens,
-        query_start_loc,
-        *buffers,
-        num_heads,
-        num_kv_heads,
-        head_size,
-        max_query_len,
-        max_seq_len,
-        sliding_window,
-    )
-    return buffers
+) -> tuple[Tensor, ...]:
+    geometry = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window)
+    items, merges, counts, partials = _plan_attention_fake(seq_lens, query_start_loc, *geometry)
+    _plan_attention_out(seq_lens, query_start_loc, items, merges, counts, *geometry)
+    return items, merges, counts, partials
 
 
 def _plan_attention_fake(
@@ -419,148 +422,114 @@ def _plan_attention_fake(
     max_query_len: int,
     max_seq_len: int,
     sliding_window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
     num_seqs = seq_lens.shape[0]
     tiling = _tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
-    return _plan_buffers(tiling, num_kv_heads, seq_lens)
+    return _plan_buffers(tiling, num_kv_heads, head_size, seq_lens)
 
 
-def _attention_outputs(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-    scale: float,
-    causal: bool,
-    sliding_window: int | None,
-    attention_chunk: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    tree_mask: Tensor | None,
-    plan: list[Tensor] | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Checks, then the outputs unfilled. This is the fake, and the first half of the real thing."""
-    _check_attention(
-        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len,
-        sliding_window, attention_chunk, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask,
-    )  # fmt: skip
+def _attention_outputs(call: _Attention, return_lse: bool) -> tuple[Tensor, Tensor]:
+    query = call.query
     dtype = query.dtype if query.dtype in _FLOAT_DTYPES else torch.bfloat16
-    out = query.new_empty((query.shape[0], query.shape[1], _head_size(value_cache)), dtype=dtype)
+    out = query.new_empty((query.shape[0], query.shape[1], _head_size(call.value_cache)), dtype=dtype)
     return out, query.new_empty(query.shape[:2] if return_lse else (0, 0), dtype=torch.float32)
 
 
+def _paged_attention_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = _Attention(*args[:-1])
+    _check_attention(call)
+    return _attention_outputs(call, return_lse=args[-1])
+
+
 def _paged_attention(*args: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_outputs(*args)
-    _attend(*args[:-1], out, lse)
+    call, return_lse = _Attention(*args[:-1]), args[-1]
+    _check_attention(call)
+    out, lse = _attention_outputs(call, return_lse)
+    _attend(call, out, lse if return_lse else None)
     return out, lse
 
 
 def _paged_attention_out(*args: Any) -> None:
-    out, lse = args[-2:]
     _check_attention_out(*args)
-    _attend(*args[:-2], out, out.new_empty((0, 0), dtype=torch.float32) if lse is None else lse)
+    _attend(_Attention(*args[:-2]), *args[-2:])
 
 
 def _check_attention_out(*args: Any) -> None:
-    arguments, (out, lse) = args[:-2], args[-2:]
-    query, value_cache = arguments[0], arguments[2]
-    _check_attention(*arguments[:8], *arguments[10:12], *arguments[13:19])
+    call, out, lse = _Attention(*args[:-2]), args[-2], args[-1]
+    _check_attention(call)
+    query = call.query
     _check_rows("out", out, query.device, _FLOAT_DTYPES, tokens=query.shape[0])
-    shape = (*query.shape[:2], _head_size(value_cache))
+    shape = (*query.shape[:2], _head_size(call.value_cache))
     if out.shape != shape:
         _fail("out", out, f"{list(shape)}")
-    if query.dtype in _FLOAT_DTYPES:
-        if out.dtype != query.dtype:
-            _fail("out", out, f"{query.dtype} like query")
+    if query.dtype in _FLOAT_DTYPES and out.dtype != query.dtype:
+        _fail("out", out, f"{query.dtype} like query")
     if lse is not None:
         fits = lse.shape == query.shape[:2] and lse.dtype == torch.float32 and lse.is_contiguous()
         if not fits or lse.device != query.device:
             _fail("lse", lse, f"contiguous float32 {list(query.shape[:2])} on {query.device}")
 
 
-def _attend(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-    scale: float,
-    causal: bool,
-    sliding_window: int | None,
-    attention_chunk: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    tree_mask: Tensor | None,
-    plan: list[Tensor] | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+def _attend(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     if CHECK_VALUES:
-        _check_attention_values(
-            key_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, query.shape[0]
-        )
+        _check_attention_values(call)
     if not out.numel():
         return
-    sliding_window = _window(sliding_window, max_seq_len)
-    if not _uses_triton(query):
-        masking = attention_reference.Masking(
-            causal, sliding_window, attention_chunk, softcap, alibi_slopes, sinks, tree_mask
-        )
-        attention_reference.paged_attention(
-            query, key_cache, value_cache, block_table, seq_lens, query_start_loc,
-            scale=scale, masking=masking, out=out, lse=lse, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
-        )  # fmt: skip
+    if _uses_triton(call.query):
+        _attend_triton(call, out, lse)
         return
+    masking = attention_reference.Masking(
+        call.causal,
+        _window(call.sliding_window, call.max_seq_len),
+        call.attention_chunk,
+        call.softcap,
+        call.alibi_slopes,
+        call.sinks,
+        call.tree_mask,
+    )
+    attention_reference.paged_attention(
+        *call[:6],
+        scale=call.scale,
+        masking=masking,
+        out=out,
+        lse=lse,
+        q_scale=call.q_scale,
+        k_scale=call.k_scale,
+        v_scale=call.v_scale,
+    )
+
+
+def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     from pagedattn.kernels import attention
 
+    query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len = call[:8]
     missing = attention.unsupported(
-        head_size=query.shape[2], head_size_v=value_cache.shape[3], query_dtype=query.dtype, cache_dtype=key_cache.dtype,
-        attention_chunk=attention_chunk, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, tree_mask=tree_mask,
+        query, key_cache, value_cache,
+        attention_chunk=call.attention_chunk, softcap=call.softcap, alibi_slopes=call.alibi_slopes, sinks=call.sinks,
+        q_scale=call.q_scale, k_scale=call.k_scale, v_scale=call.v_scale, tree_mask=call.tree_mask,
     )  # fmt: skip
     if missing:
         raise NotImplementedError(
             f"paged_attention: {missing} is not in the Triton kernels yet (the CPU reference has it)"
         )
-    num_heads, num_kv_heads, head_size = query.shape[1], key_cache.shape[2], query.shape[2]
-    num_seqs = seq_lens.shape[0]
+    (_, num_heads, head_size), num_kv_heads, num_seqs = query.shape, key_cache.shape[2], seq_lens.shape[0]
+    geometry = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len)
+    plan: Sequence[Tensor] | None = call.plan
     if plan is None:
-        plan = list(
-            _plan_attention(
-                seq_lens,
-                query_start_loc,
-                num_heads,
-                num_kv_heads,
-                head_size,
-                max_query_len,
-                max_seq_len,
-                sliding_window,
-            )
-        )
-    tiling = _cached_tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, query.device)
-    items, merges, counts = plan
+        plan = _plan_attention(seq_lens, query_start_loc, *geometry, call.sliding_window)
+    tiling = _cached_tiling(num_seqs, *geometry, query.device)
+    items, merges, counts, partials = plan
     if items.shape[0] != tiling.max_items or counts.shape[0] != 4 + tiling.max_merges * num_kv_heads:
         _fail("plan", items, f"made for these {num_seqs} sequences and this geometry")
     attention.paged_attention(
-        query, key_cache, value_cache, block_table, items, merges, counts,
-        tiling=tiling, scale=scale, causal=causal, sliding_window=sliding_window, out=out, lse=lse,
+        query, key_cache, value_cache, block_table, items, merges, counts, partials,
+        tiling=tiling,
+        scale=call.scale,
+        causal=call.causal,
+        sliding_window=_window(call.sliding_window, max_seq_len),
+        out=out,
+        lse=lse,
     )  # fmt: skip
 
 
@@ -583,7 +552,7 @@ def _append_kv(
         return
     from pagedattn.kernels import cache
 
-    missing = cache.unsupported(key=key, key_cache=key_cache, value_cache=value_cache, k_scale=k_scale, v_scale=v_scale)
+    missing = cache.unsupported(key, key_cache)
     if missing:
         raise NotImplementedError(f"append_kv: {missing} is not in the Triton kernels yet (the CPU reference has it)")
     cache.append_kv(key, value, key_cache, value_cache, slot_mapping)
@@ -648,7 +617,7 @@ def _rope_append_kv(
         return
     from pagedattn.kernels import cache
 
-    missing = cache.unsupported(key=key, key_cache=key_cache, value_cache=value_cache, k_scale=k_scale, v_scale=v_scale)
+    missing = cache.unsupported(key, key_cache)
     if missing:
         raise NotImplementedError(
             f"rope_append_kv: {missing} is not in the Triton kernels yet (the CPU reference has it)"
@@ -789,10 +758,13 @@ def _fake_of_mutation(check: Callable[..., None]) -> Callable[..., None]:
     return fake
 
 
-_PLAN = "SymInt num_heads, SymInt num_kv_heads, SymInt head_size, SymInt max_query_len, SymInt max_seq_len, SymInt? sliding_window"
+_PLAN = (
+    "SymInt num_heads, SymInt num_kv_heads, SymInt head_size, SymInt max_query_len, SymInt max_seq_len, "
+    "SymInt? sliding_window"
+)
 _register(
     "plan_attention",
-    f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
     _plan_attention,
     _plan_attention_fake,
 )
@@ -803,12 +775,14 @@ _register(
     lambda *args: None,
 )
 _ATTENTION = (
-    "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, "
-    "SymInt max_query_len, SymInt max_seq_len, float scale, bool causal, SymInt? sliding_window, SymInt? attention_chunk, "
-    "float? softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, "
-    "Tensor? tree_mask, Tensor[]? plan, "
+    "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
+    "Tensor query_start_loc, SymInt max_query_len, SymInt max_seq_len, float scale, bool causal, "
+    "SymInt? sliding_window, SymInt? attention_chunk, float? softcap, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, Tensor? tree_mask, Tensor[]? plan, "
 )
-_register("paged_attention", f"({_ATTENTION}bool return_lse) -> (Tensor, Tensor)", _paged_attention, _attention_outputs)
+_register(
+    "paged_attention", f"({_ATTENTION}bool return_lse) -> (Tensor, Tensor)", _paged_attention, _paged_attention_fake
+)
 _register(
     "paged_attention.out",
     f"({_ATTENTION}Tensor(a!) out, Tensor(b!)? lse) -> ()",
@@ -860,13 +834,14 @@ _register(
 class AttentionPlan:
     """How a step's attention is cut up, made once by ``plan_attention`` for all layers of one geometry.
 
-    The tensors' layout is ``kernels/plan_reference.py``'s; the rest is the geometry that the plan was made for. Its counters
-    of finished work make it a plan for one stream at a time.
+    The tensors' layout is ``kernels/plan_reference.py``'s, and room for the partial results of split sequences; the
+    rest is the geometry that the plan was made for. That room makes it a plan for one stream at a time.
     """
 
     items: Tensor
     merges: Tensor
     counts: Tensor
+    partials: Tensor
     num_heads: int
     num_kv_heads: int
     head_size: int
@@ -878,7 +853,7 @@ class AttentionPlan:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.items, self.merges, self.counts]
+        return [self.items, self.merges, self.counts, self.partials]
 
 
 def plan_attention(
@@ -927,12 +902,14 @@ def plan_attention(
     geometry = (num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window)
     arguments = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window)
     if out is None:
-        return AttentionPlan(*torch.ops.pagedattn.plan_attention(seq_lens, query_start_loc, *arguments), *geometry)
+        tensors = torch.ops.pagedattn.plan_attention.default(seq_lens, query_start_loc, *arguments)
+        items, merges, counts, partials = tensors
+        return AttentionPlan(items, merges, counts, partials, *geometry)
     if not isinstance(out, AttentionPlan):
         raise TypeError(f"out: got {type(out).__name__}; must be an AttentionPlan or None")
     _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
     _require_geometry("out", out, geometry)
-    torch.ops.pagedattn.plan_attention.out(seq_lens, query_start_loc, *out.tensors, *arguments)
+    torch.ops.pagedattn.plan_attention.out(seq_lens, query_start_loc, *out.tensors[:3], *arguments)
     return out
 
 
@@ -948,6 +925,24 @@ def _require_geometry(name: str, plan: AttentionPlan, geometry: tuple[int | None
         raise ValueError(f"{name}: got a plan for ({names}) = {made_for}; must be for {geometry}")
 
 
+@overload
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc:
+    Tensor, *, max_query_len: int, max_seq_len: int | None = ..., scale: float | None = ..., causal: bool = ...,
+    sliding_window: int | None = ..., attention_chunk: int | None = ..., softcap: float | None = ..., alibi_slopes:
+    Tensor | None = ..., sinks: Tensor | None = ..., q_scale: Tensor | None = ..., k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ..., tree_mask: Tensor | None = ..., plan: AttentionPlan | None = ..., out: Tensor | None
+    = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc:
+    Tensor, *, max_query_len: int, max_seq_len: int | None = ..., scale: float | None = ..., causal: bool = ...,
+    sliding_window: int | None = ..., attention_chunk: int | None = ..., softcap: float | None = ..., alibi_slopes:
+    Tensor | None = ..., sinks: Tensor | None = ..., q_scale: Tensor | None = ..., k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ..., tree_mask: Tensor | None = ..., plan: AttentionPlan | None = ..., out: Tensor | None
+    = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -975,9 +970,9 @@ def paged_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each sequence's query tokens over its keys and values in a paged cache.
 
-    A query's position is seq_len - query_len + its index. A logit is scaled, softcapped, gets ALiBi, then is masked; the
-    sink joins the denominator last. A query that sees no key gives 0 and a log-sum-exp of -inf (the sink's value with a
-    sink); rows past query_start_loc[B] and positions below 0 give 0 and -inf.
+    A query's position is seq_len - query_len + its index. A logit is scaled, softcapped, gets ALiBi, then is masked;
+    the sink joins the denominator last. A query that sees no key gives 0 and a log-sum-exp of -inf (the sink's value
+    with a sink); rows past query_start_loc[B] and positions below 0 give 0 and -inf.
 
     Args:
         query: [T, Hq, D] fp16, bf16, fp32, or float8_e4m3fn with q_scale (then the result is bf16).
@@ -1019,7 +1014,7 @@ def paged_attention(
         ("query_start_loc", query_start_loc),
     ):
         _require_tensor(name, given)
-    for name, given in (
+    for name, optional in (
         ("alibi_slopes", alibi_slopes),
         ("sinks", sinks),
         ("q_scale", q_scale),
@@ -1028,8 +1023,7 @@ def paged_attention(
         ("tree_mask", tree_mask),
         ("out", out),
     ):
-        if given is not None:
-            _require_tensor(name, given, optional=True)
+        _require_tensor(name, optional, optional=True)
     if plan is not None and not isinstance(plan, AttentionPlan):
         raise TypeError(f"plan: got {type(plan).__name__}; must be an AttentionPlan or None")
     _require_number("scale", scale)
@@ -1064,11 +1058,11 @@ def paged_attention(
         q_scale, k_scale, v_scale, tree_mask, None if plan is None else plan.tensors,
     )  # fmt: skip
     if out is None:
-        out, lse = torch.ops.pagedattn.paged_attention(*arguments, return_lse)
-        return (out, lse) if return_lse else out
+        result, result_lse = torch.ops.pagedattn.paged_attention.default(*arguments, return_lse)
+        return (result, result_lse) if return_lse else result
     lse = query.new_empty(query.shape[:2], dtype=torch.float32) if return_lse else None
     torch.ops.pagedattn.paged_attention.out(*arguments, out, lse)
-    return (out, lse) if lse is not None else out
+    return out if lse is None else (out, lse)
 
 
 def append_kv(
@@ -1099,7 +1093,7 @@ def append_kv(
     _require_tensor("slot_mapping", slot_mapping)
     _require_tensor("k_scale", k_scale, optional=True)
     _require_tensor("v_scale", v_scale, optional=True)
-    torch.ops.pagedattn.append_kv(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    torch.ops.pagedattn.append_kv.default(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
 
 
 def rope_append_kv(
@@ -1151,7 +1145,7 @@ def rope_append_kv(
         _require_int("rotary_dim", rotary_dim, minimum=2)
         if cos_sin.dim() != 2 or rotary_dim != cos_sin.shape[1]:
             _fail("rotary_dim", rotary_dim, "cos_sin.shape[1]")
-    torch.ops.pagedattn.rope_append_kv(
+    torch.ops.pagedattn.rope_append_kv.default(
         query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, interleaved, k_scale, v_scale
     )
 
@@ -1161,8 +1155,8 @@ def copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: 
 
     Args:
         src_key, src_value: caches [N, ...] to read.
-        dst_key, dst_value: caches [M, ...] with blocks of the same shape and dtype, written in place; may be the sources.
-        block_mapping: int64 [P, 2] of (source block, destination block). Destinations must not repeat.
+        dst_key, dst_value: caches [M, ...] with blocks of the same shape and dtype, written in place; may be the
+        sources. block_mapping: int64 [P, 2] of (source block, destination block). Destinations must not repeat.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
@@ -1170,7 +1164,7 @@ def copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: 
     for name, given in (("src_key", src_key), ("src_value", src_value), ("dst_key", dst_key), ("dst_value", dst_value)):
         _require_tensor(name, given)
     _require_tensor("block_mapping", block_mapping)
-    torch.ops.pagedattn.copy_blocks(src_key, src_value, dst_key, dst_value, block_mapping)
+    torch.ops.pagedattn.copy_blocks.default(src_key, src_value, dst_key, dst_value, block_mapping)
 
 
 def gather_kv(
@@ -1205,13 +1199,15 @@ def gather_kv(
     _require_int("max_seq_len", max_seq_len)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: got {type(dtype).__name__}; must be a torch.dtype or None")
-    return torch.ops.pagedattn.gather_kv(
+    return torch.ops.pagedattn.gather_kv.default(
         key_cache, value_cache, block_table, seq_lens, max_seq_len, k_scale, v_scale, dtype
     )
 
 
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from the attention over each (for shared prefixes, context parallelism).
+    """Attention over the union of two disjoint sets of keys, from the attention over each.
+
+    For shared prefixes and context parallelism.
 
     Args:
         out_a, out_b: [T, Hq, Dv], one dtype.
@@ -1225,4 +1221,4 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     """
     for name, given in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         _require_tensor(name, given)
-    return torch.ops.pagedattn.merge_attention_states(out_a, lse_a, out_b, lse_b)
+    return torch.ops.pagedattn.merge_attention_states.default(out_a, lse_a, out_b, lse_b)

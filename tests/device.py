@@ -1,4 +1,4 @@
-"""Where the op tests run: on CUDA if there is one, else on the CPU, with the reference or (TRITON_INTERPRET=1) the kernels."""
+"""Where the op tests run: CUDA if there is one, else the CPU with the reference or (TRITON_INTERPRET=1) the kernels."""
 
 from __future__ import annotations
 

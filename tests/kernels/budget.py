@@ -14,7 +14,8 @@ FLOOR = 1e-5
 def error_ratios(case: AttentionCase, out: Tensor, lse: Tensor) -> dict[str, float]:
     """Error over budget, for the output (root mean square and maximum) and for the log-sum-exp; above 1 is a failure.
 
-    The log-sum-exp is fp32 whatever the dtype, so it is held to what fp32 arithmetic gives: output rounding hides nothing.
+    The log-sum-exp is fp32 whatever the dtype, so it is held to what fp32 arithmetic gives: output rounding hides
+    nothing.
     """
     exact, exact_lse = oracle.attention(case)
     plain, _ = oracle.math_attention(case, out.dtype)

@@ -16,7 +16,9 @@ def cache_layout(
 ) -> tuple[Tensor, Tensor]:
     """Key and value cache [N, S, Hkv, D] as views of the layouts that engines keep, filled with NaN."""
     if layout == "NHD":
-        return tuple(torch.full((blocks, block_size, heads, head_size), torch.nan, dtype=dtype) for _ in range(2))
+        shape = (2, blocks, block_size, heads, head_size)
+        key_cache, value_cache = torch.full(shape, torch.nan, dtype=dtype).unbind()
+        return key_cache, value_cache
     if layout == "HND":
         stored = [torch.full((blocks, heads, block_size, head_size), torch.nan, dtype=dtype) for _ in range(2)]
         return stored[0].transpose(1, 2), stored[1].transpose(1, 2)
@@ -39,7 +41,7 @@ def build_case(
     padding_rows: int = 0,
     **options: object,
 ) -> AttentionCase:
-    """Inputs with shuffled blocks, garbage in the table past each sequence, and NaN in every slot that holds no token."""
+    """Inputs with shuffled blocks, garbage in the table past each sequence, and NaN in every slot without a token."""
     needed = [-(-length // block_size) for length in seq_lens]
     blocks = sum(needed) + 2
     key_cache, value_cache = cache_layout(layout, blocks, block_size, num_kv_heads, head_size, dtype)

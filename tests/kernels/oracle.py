@@ -34,7 +34,8 @@ class AttentionCase:
 
     def to(self, device: torch.device) -> AttentionCase:
         options = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.options.items()}
-        return AttentionCase(*(t.to(device) for t in self.arguments()), self.max_query_len, options)
+        query, key_cache, value_cache, table, seq_lens, starts = (t.to(device) for t in self.arguments())
+        return AttentionCase(query, key_cache, value_cache, table, seq_lens, starts, self.max_query_len, options)
 
 
 def unpack(stored: Tensor) -> Tensor:

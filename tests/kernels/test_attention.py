@@ -1,4 +1,4 @@
-"""``paged_attention`` against the fp64 oracle: on a CPU the reference, under the interpreter and on a GPU the kernels."""
+"""``paged_attention`` against the fp64 oracle: the reference on a CPU, the kernels on a GPU or interpreted."""
 
 from __future__ import annotations
 

@@ -91,8 +91,12 @@ def test_rope_append(dtype: torch.dtype, interleaved: bool, rotary_dim: int) -> 
     tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}[
         dtype
     ]  # one rounding of values near 4
-    expected = [torch.stack([rotated_by_hand(r, angles[p], interleaved) for r, p in zip(t.cpu(), positions, strict=True)])
-                for t in (original_query, original_key)]  # fmt: skip
+    expected = [
+        torch.stack(
+            [rotated_by_hand(row, angles[p], interleaved) for row, p in zip(rows.cpu(), positions, strict=True)]
+        )
+        for rows in (original_query, original_key)
+    ]
     torch.testing.assert_close(query.cpu().double(), expected[0], atol=tolerance, rtol=0)
     assert torch.equal(key, original_key)
     assert_appended(key_cache.cpu().double(), expected[1], slots, atol=tolerance, rtol=0)
@@ -117,13 +121,10 @@ def test_quantized_append_of_the_reference(dtype: torch.dtype) -> None:
     stored_size = 8 if dtype == torch.uint8 else 16
     step = {torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3}.get(dtype)
     for shape in ((), (3,), (3, 4, 3)):
-        caches = [
-            torch.zeros(3, 4, 3, stored_size, dtype=torch.uint8).view(torch.uint8 if dtype == torch.uint8 else dtype)
-            for _ in range(2)
-        ]
-        scales = [torch.full(shape, 5.0 / LARGEST[dtype]) for _ in range(2)]
-        cache_reference.append_kv(key, value, *caches, slots, k_scale=scales[0], v_scale=scales[1])
-        for rows, cache, scale in zip((key, value), caches, scales, strict=True):
+        key_cache, value_cache = torch.zeros(2, 3, 4, 3, stored_size, dtype=torch.uint8).view(dtype).unbind()
+        k_scale, v_scale = torch.full((2, *shape), 5.0 / LARGEST[dtype]).unbind()
+        cache_reference.append_kv(key, value, key_cache, value_cache, slots, k_scale=k_scale, v_scale=v_scale)
+        for rows, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
             for row, slot in zip(rows, slots.tolist(), strict=True):
                 if slot < 0:
                     continue
@@ -149,7 +150,7 @@ def test_gather_reads_what_append_wrote(block_size: int) -> None:
     lengths = [7, 0, 12]
     generator = torch.Generator().manual_seed(block_size)
     blocks = sum(-(-n // block_size) for n in lengths) + 1
-    caches = [t.to(DEVICE) for t in cache_layout("HND", blocks, block_size, 2, 16, torch.float32)]
+    key_cache, value_cache = (t.to(DEVICE) for t in cache_layout("HND", blocks, block_size, 2, 16, torch.float32))
     table = torch.full((3, -(-12 // block_size) + 1), 2**30, dtype=torch.int32, device=DEVICE)
     ids = torch.randperm(blocks, generator=generator).tolist()
     rows = []
@@ -159,10 +160,15 @@ def test_gather_reads_what_append_wrote(block_size: int) -> None:
         position = torch.arange(length, device=DEVICE)
         slots = table[sequence, position // block_size] * block_size + position % block_size
         row = torch.randn(length, 2, 16, generator=generator).to(DEVICE)
-        pagedattn.append_kv(row, -row, *caches, slots.to(torch.int64))
+        pagedattn.append_kv(row, -row, key_cache, value_cache, slots.to(torch.int64))
         rows.append(row)
     key, value = pagedattn.gather_kv(
-        *caches, table, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), max_seq_len=14, dtype=torch.float16
+        key_cache,
+        value_cache,
+        table,
+        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        max_seq_len=14,
+        dtype=torch.float16,
     )
     assert key.shape == (3, 14, 2, 16)
     for sequence, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Every kernel variant compiles for every chip that we name, within its shared memory. Needs no GPU: Triton ships ptxas."""
+"""Every kernel variant compiles for every chip that we name, within its shared memory. No GPU: Triton ships ptxas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans: the bounds of ``choose_tiling`` hold, the kernel writes what the reference writes, and every key is covered once."""
+"""Plans: the bounds of ``choose_tiling`` hold, kernel and reference agree, and every key is covered once."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_plan_is_rewritten_in_place() -> None:
     fresh = pagedattn.plan_attention(second, starts, **geometry)
     count = int(fresh.counts[0])
     assert torch.equal(plan.items[:count], fresh.items[:count])
-    with pytest.raises(ValueError, match="^out: got a plan for"):
+    with pytest.raises(ValueError, match=r"^out: got a plan for"):
         pagedattn.plan_attention(second, starts, out=plan, **{**geometry, "max_seq_len": 901})
 
 
