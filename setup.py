@@ -13,29 +13,30 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 
-# Lower bounds are the lowest versions that the test suite has run on.
+# Lower bounds are the lowest versions that tests have run on.
 MODELS = [
-    "tokenizers>=0.22",
-    "safetensors>=0.6",
-    "huggingface-hub>=1.0",
-    "jinja2>=3.1",
-    "gguf>=0.17",
-    "filelock>=3.12",
-    "platformdirs>=4",
+    "tokenizers>=0.23",
+    "safetensors>=0.8",
+    "huggingface-hub>=1.33",
+    "jinja2>=3.1.6",
+    "gguf>=0.19",
+    "filelock>=4",
+    "platformdirs>=4.14",
 ]
-DEMO = [*MODELS, "rich>=14", "matplotlib>=3.10"]
-BENCH = [*DEMO, "transformers>=5.17", "accelerate>=1.12", "pytest>=8.4", "pytest-benchmark>=5.1"]
+DEMO = [*MODELS, "rich>=15", "matplotlib>=3.11"]
+BENCH = [*DEMO, "transformers>=5.17", "accelerate>=1.15", "pytest>=9", "pytest-benchmark>=5.3"]
 TEST = [
     *DEMO,
     "transformers>=5.17",
-    "accelerate>=1.12",
-    "pytest>=8.4",
+    "accelerate>=1.15",
+    "pytest>=9",
     "pytest-timeout>=2.4",
-    "hypothesis>=6.140",
-    "build>=1.3",
-    "setuptools>=77",
+    "pytest-xdist>=3.8",
+    "hypothesis>=6.170",
+    "build>=1.6",
+    "setuptools>=84",
 ]
-DEV = [*TEST, "ruff>=0.14", "mypy>=1.18"]
+DEV = [*TEST, "ruff>=0.17", "mypy>=2.4"]
 
 setup(
     name="pagedattn",
@@ -45,7 +46,7 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",
@@ -63,7 +64,7 @@ setup(
     include_package_data=False,
     install_requires=[
         "torch>=2.11",
-        "numpy>=2",
+        "numpy>=2.3",
         "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     extras_require={

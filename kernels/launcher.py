@@ -45,7 +45,7 @@ class Launcher:
         if device.type != "cuda":
             self._kernel[programs](*tensors, *sizes, num_warps=num_warps, num_stages=num_stages)
             return
-        if device.index != torch.cuda.current_device():
+        if device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 self(key, programs, tensors, device, sizes, num_warps=num_warps, num_stages=num_stages)
             return

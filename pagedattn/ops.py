@@ -9,6 +9,7 @@ size, N blocks, S block size. Every op is also ``torch.ops.pagedattn.<name>``, w
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -184,8 +185,8 @@ class _Attention(NamedTuple):
 
 def _check_attention(call: _Attention) -> None:
     (
-        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, _, _,
-        sliding_window, attention_chunk, _, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask, _,
+        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, scale, _,
+        sliding_window, attention_chunk, softcap, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask, _,
     ) = call  # fmt: skip
     device = query.device
     _check_rows("query", query, device, _QUERY_DTYPES)
@@ -209,12 +210,20 @@ def _check_attention(call: _Attention) -> None:
             _fail("q_scale", q_scale, "given for a float8_e4m3fn query")
         if key_cache.dtype != torch.float8_e4m3fn:
             _fail("key_cache", key_cache, "float8_e4m3fn for a float8_e4m3fn query")
-    _require_int("max_query_len", max_query_len, minimum=1 if num_tokens else 0)
-    _require_int("max_seq_len", max_seq_len)
+    if max_query_len < (1 if num_tokens else 0):
+        _fail("max_query_len", max_query_len, ">= 1")
+    if max_seq_len < 0:
+        _fail("max_seq_len", max_seq_len, ">= 0")
     if max_seq_len > block_table.shape[1] * key_cache.shape[1]:
         _fail("max_seq_len", max_seq_len, "within block_table")
-    _require_int("sliding_window", sliding_window, minimum=1, optional=True)
-    _require_int("attention_chunk", attention_chunk, minimum=1, optional=True)
+    if not -math.inf < scale < math.inf:
+        _fail("scale", scale, "finite")
+    if softcap is not None and not 0 < softcap < math.inf:
+        _fail("softcap", softcap, "positive and finite")
+    if sliding_window is not None and sliding_window < 1:
+        _fail("sliding_window", sliding_window, ">= 1")
+    if attention_chunk is not None and attention_chunk < 1:
+        _fail("attention_chunk", attention_chunk, ">= 1")
     for name, tensor in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if tensor is not None:
             fits = tensor.shape == (num_heads,) and tensor.dtype == torch.float32 and tensor.device == device
@@ -830,18 +839,9 @@ _register(
 # --- what people call -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AttentionPlan:
-    """How a step's attention is cut up, made once by ``plan_attention`` for all layers of one geometry.
+class AttentionGeometry(NamedTuple):
+    """What a plan is made for; with the number of sequences it decides every buffer's size."""
 
-    The tensors' layout is ``kernels/plan_reference.py``'s, and room for the partial results of split sequences; the
-    rest is the geometry that the plan was made for. That room makes it a plan for one stream at a time.
-    """
-
-    items: Tensor
-    merges: Tensor
-    counts: Tensor
-    partials: Tensor
     num_heads: int
     num_kv_heads: int
     head_size: int
@@ -850,6 +850,21 @@ class AttentionPlan:
     max_query_len: int
     max_seq_len: int
     sliding_window: int | None
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a step's attention is cut up, made once by ``plan_attention`` for all layers of one geometry.
+
+    The tensors are laid out as ``kernels/plan_reference.py`` says, with room for the partial results of split
+    sequences. That room makes it a plan for one stream at a time.
+    """
+
+    items: Tensor
+    merges: Tensor
+    counts: Tensor
+    partials: Tensor
+    geometry: AttentionGeometry
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -899,49 +914,42 @@ def plan_attention(
     if batch_invariant:
         raise NotImplementedError("plan_attention: batch_invariant is not implemented yet")
     head_size_v = head_size if head_size_v is None else head_size_v
-    geometry = (num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window)
+    geometry = AttentionGeometry(
+        num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window
+    )
     arguments = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window)
     if out is None:
         tensors = torch.ops.pagedattn.plan_attention.default(seq_lens, query_start_loc, *arguments)
         items, merges, counts, partials = tensors
-        return AttentionPlan(items, merges, counts, partials, *geometry)
+        return AttentionPlan(items, merges, counts, partials, geometry)
     if not isinstance(out, AttentionPlan):
         raise TypeError(f"out: got {type(out).__name__}; must be an AttentionPlan or None")
     _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
-    _require_geometry("out", out, geometry)
+    if out.geometry != geometry:
+        raise ValueError(f"out: got a plan for {out.geometry}; must be for {geometry}")
     torch.ops.pagedattn.plan_attention.out(seq_lens, query_start_loc, *out.tensors[:3], *arguments)
     return out
 
 
-def _require_geometry(name: str, plan: AttentionPlan, geometry: tuple[int | None, ...]) -> None:
-    made_for = (
-        plan.num_heads, plan.num_kv_heads, plan.head_size, plan.head_size_v, plan.block_size,
-        plan.max_query_len, plan.max_seq_len, plan.sliding_window,
-    )  # fmt: skip
-    if made_for != geometry:
-        names = (
-            "num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window"
-        )
-        raise ValueError(f"{name}: got a plan for ({names}) = {made_for}; must be for {geometry}")
-
-
 @overload
 def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc:
-    Tensor, *, max_query_len: int, max_seq_len: int | None = ..., scale: float | None = ..., causal: bool = ...,
-    sliding_window: int | None = ..., attention_chunk: int | None = ..., softcap: float | None = ..., alibi_slopes:
-    Tensor | None = ..., sinks: Tensor | None = ..., q_scale: Tensor | None = ..., k_scale: Tensor | None = ...,
-    v_scale: Tensor | None = ..., tree_mask: Tensor | None = ..., plan: AttentionPlan | None = ..., out: Tensor | None
-    = ..., return_lse: Literal[False] = ...,
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    query_start_loc: Tensor, *, max_query_len: int, max_seq_len: int | None = ..., scale: float | None = ...,
+    causal: bool = ..., sliding_window: int | None = ..., attention_chunk: int | None = ...,
+    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., sinks: Tensor | None = ...,
+    q_scale: Tensor | None = ..., k_scale: Tensor | None = ..., v_scale: Tensor | None = ...,
+    tree_mask: Tensor | None = ..., plan: AttentionPlan | None = ..., out: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc:
-    Tensor, *, max_query_len: int, max_seq_len: int | None = ..., scale: float | None = ..., causal: bool = ...,
-    sliding_window: int | None = ..., attention_chunk: int | None = ..., softcap: float | None = ..., alibi_slopes:
-    Tensor | None = ..., sinks: Tensor | None = ..., q_scale: Tensor | None = ..., k_scale: Tensor | None = ...,
-    v_scale: Tensor | None = ..., tree_mask: Tensor | None = ..., plan: AttentionPlan | None = ..., out: Tensor | None
-    = ..., return_lse: Literal[True],
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    query_start_loc: Tensor, *, max_query_len: int, max_seq_len: int | None = ..., scale: float | None = ...,
+    causal: bool = ..., sliding_window: int | None = ..., attention_chunk: int | None = ...,
+    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., sinks: Tensor | None = ...,
+    q_scale: Tensor | None = ..., k_scale: Tensor | None = ..., v_scale: Tensor | None = ...,
+    tree_mask: Tensor | None = ..., plan: AttentionPlan | None = ..., out: Tensor | None = ...,
+    return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def paged_attention(
     query: Tensor,
@@ -1005,64 +1013,67 @@ def paged_attention(
         TypeError, ValueError: naming the argument, what it is and what it must be.
         NotImplementedError: naming a feature that the Triton kernels do not have yet.
     """
-    for name, given in (
-        ("query", query),
-        ("key_cache", key_cache),
-        ("value_cache", value_cache),
-        ("block_table", block_table),
-        ("seq_lens", seq_lens),
-        ("query_start_loc", query_start_loc),
-    ):
-        _require_tensor(name, given)
-    for name, optional in (
-        ("alibi_slopes", alibi_slopes),
-        ("sinks", sinks),
-        ("q_scale", q_scale),
-        ("k_scale", k_scale),
-        ("v_scale", v_scale),
-        ("tree_mask", tree_mask),
-        ("out", out),
-    ):
-        _require_tensor(name, optional, optional=True)
-    if plan is not None and not isinstance(plan, AttentionPlan):
-        raise TypeError(f"plan: got {type(plan).__name__}; must be an AttentionPlan or None")
-    _require_number("scale", scale)
-    _require_number("softcap", softcap, positive=True)
-    _require_int("max_query_len", max_query_len)
-    _require_int("max_seq_len", max_seq_len, optional=True)
-    _require_int("sliding_window", sliding_window, minimum=1, optional=True)
-    _require_int("attention_chunk", attention_chunk, minimum=1, optional=True)
-    _require_bool("causal", causal)
-    _require_bool("return_lse", return_lse)
-    if query.dim() != 3:
-        _fail("query", query, "[T, Hq, D]")
-    if key_cache.dim() != 4:
-        _fail("key_cache", key_cache, "[num_blocks, block_size, num_kv_heads, head_size]")
-    if value_cache.dim() != 4:
-        _fail("value_cache", value_cache, "[num_blocks, block_size, num_kv_heads, head_size_v]")
-    if block_table.dim() != 2:
-        _fail("block_table", block_table, "int32 [B, max_blocks]")
-    if scale is None:
-        scale = query.shape[2] ** -0.5
-    if max_seq_len is None:
-        max_seq_len = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.max_seq_len
-    if plan is not None:
-        geometry = (
-            query.shape[1], key_cache.shape[2], query.shape[2], _head_size(value_cache), key_cache.shape[1],
-            max_query_len, max_seq_len, sliding_window,
+
+    def check_types() -> None:
+        tensors = dict(
+            zip(
+                _Attention._fields,
+                (query, key_cache, value_cache, block_table, seq_lens, query_start_loc),
+                strict=False,
+            )
+        )
+        for name, given in tensors.items():
+            _require_tensor(name, given)
+        for name, shape in (
+            ("query", "[T, Hq, D]"),
+            ("key_cache", "[N, S, Hkv, D]"),
+            ("value_cache", "[N, S, Hkv, Dv]"),
+        ):
+            if tensors[name].ndim != shape.count(",") + 1:
+                _fail(name, tensors[name], shape)
+        if block_table.ndim != 2:
+            _fail("block_table", block_table, "int32 [B, max_blocks]")
+        features = {"alibi_slopes": alibi_slopes, "sinks": sinks, "q_scale": q_scale, "k_scale": k_scale}
+        features |= {"v_scale": v_scale, "tree_mask": tree_mask, "out": out}
+        for name, feature in features.items():
+            _require_tensor(name, feature, optional=True)
+        if plan is not None and not isinstance(plan, AttentionPlan):
+            raise TypeError(f"plan: got {type(plan).__name__}; must be an AttentionPlan or None")
+        _require_number("scale", scale)
+        _require_number("softcap", softcap, positive=True)
+        _require_int("max_query_len", max_query_len)
+        sizes = {"max_seq_len": max_seq_len, "sliding_window": sliding_window, "attention_chunk": attention_chunk}
+        for name, size in sizes.items():
+            _require_int(name, size, optional=True)
+        _require_bool("causal", causal)
+        _require_bool("return_lse", return_lse)
+
+    # The dispatcher checks types anyway, and on a decode's critical path once is enough. What it reports does not name
+    # the argument in our terms, so then, and for bool in an int's place, which it takes, types are checked again here.
+    if causal.__class__ is not bool or max_query_len.__class__ is bool or sliding_window.__class__ is bool:
+        check_types()
+    try:
+        bound = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.geometry[6]
+        arguments = (
+            query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len,
+            bound if max_seq_len is None else max_seq_len, query.shape[2] ** -0.5 if scale is None else scale, causal,
+            sliding_window, attention_chunk, softcap, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask,
+            None if plan is None else plan.tensors,
         )  # fmt: skip
-        _require_geometry("plan", plan, geometry)
-    arguments = (
-        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, float(scale),
-        causal, sliding_window, attention_chunk, None if softcap is None else float(softcap), alibi_slopes, sinks,
-        q_scale, k_scale, v_scale, tree_mask, None if plan is None else plan.tensors,
-    )  # fmt: skip
-    if out is None:
-        result, result_lse = torch.ops.pagedattn.paged_attention.default(*arguments, return_lse)
-        return (result, result_lse) if return_lse else result
-    lse = query.new_empty(query.shape[:2], dtype=torch.float32) if return_lse else None
-    torch.ops.pagedattn.paged_attention.out(*arguments, out, lse)
-    return out if lse is None else (out, lse)
+        if plan is not None and plan.geometry != (
+            query.shape[1], key_cache.shape[2], query.shape[2], _head_size(value_cache), key_cache.shape[1],
+            max_query_len, arguments[7], sliding_window,
+        ):  # fmt: skip
+            raise ValueError(f"plan: got one for {plan.geometry}; must be for this call's arguments")
+        if out is None:
+            result, result_lse = torch.ops.pagedattn.paged_attention.default(*arguments, return_lse)
+            return (result, result_lse) if return_lse else result
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if return_lse else None
+        torch.ops.pagedattn.paged_attention.out(*arguments, out, lse)
+        return out if lse is None else (out, lse)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        check_types()
+        raise
 
 
 def append_kv(

@@ -54,3 +54,10 @@ def test_readme_example_runs(tmp_path: Path) -> None:
     result = run_python(["-c", code.replace("smollm2-135m-instruct", "random")], tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_example_in_the_docs_of_the_ops_runs(tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "ops.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    result = run_python(["-c", found[1] + "\nassert out.shape == query.shape and out.isfinite().all()"], tmp_path)
+    assert result.returncode == 0, result.stderr

@@ -95,7 +95,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     metadata = archive.read(name).decode()
     assert f"Version: {pagedattn.__version__}\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
-    assert "Requires-Python: >=3.10\n" in metadata
+    assert "Requires-Python: >=3.11\n" in metadata
     core = [line for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE) if "extra ==" not in line]
     assert [re.match(r"[a-z]+", line).group() for line in core] == ["torch", "numpy", "triton"]  # type: ignore[union-attr]
     assert 'platform_system == "Linux"' in core[2]

@@ -91,6 +91,9 @@ def run_transformers(path: Path, prompts: Sequence[list[int]]) -> dict[str, Any]
     return {"tokens": tokens, "margins": margins}
 
 
+pytestmark = pytest.mark.xdist_group("greedy")  # one process computes the oracle
+
+
 @pytest.fixture(scope="session")
 def model(smollm2_path: Path) -> LoadedModel:
     return load_model(smollm2_path, dtype="float32", device="cpu")
