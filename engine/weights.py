@@ -127,14 +127,15 @@ def load_model(
 def fill_with_random_weights(decoder: Decoder, seed: int) -> None:
     """Normal weights, scaled so that activations and logits keep a standard deviation of about 1.
 
-    The same seed gives the same weights on the same kind of device.
+    The same seed gives the same weights, rounded, in every dtype on the same kind of device.
     """
     generator = torch.Generator(decoder.device).manual_seed(seed)
     for weight in decoder.weight_slots().values():
         if weight.dim() == 1:
             weight.fill_(1.0)
         else:
-            weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+            drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+            weight.copy_(drawn.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator))
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

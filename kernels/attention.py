@@ -339,7 +339,6 @@ def paged_attention(
     plan_items: Tensor,
     merges: Tensor,
     counts: Tensor,
-    partials: Tensor,
     *,
     tiling: AttentionTiling,
     scale: float,
@@ -361,6 +360,8 @@ def paged_attention(
     all_tiles = num_seqs * tiling.tiles_per_sequence
     items = min(all_tiles, num_tokens // tiling.queries_per_tile + num_seqs) + tiling.max_items - all_tiles
     items += num_tokens // tiling.queries_per_tile + 1
+    partial_rows = tiling.max_slots * num_kv_heads * tiling.rows
+    partials = out.new_empty(partial_rows * (head_size + 1), dtype=torch.float32)
     strides = (
         *out.stride()[:2], *query.stride()[:2],
         *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0),
@@ -375,7 +376,7 @@ def paged_attention(
         (out, lse, partials, query, key_cache, value_cache, block_table, plan_items, merges, counts),
         query.device,
         (
-            partials.shape[0] * head_size,
+            partial_rows * head_size,
             scale * LOG2E,
             sliding_window or 0,
             num_tokens,

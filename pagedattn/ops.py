@@ -348,12 +348,11 @@ def _window(sliding_window: int | None, max_seq_len: int) -> int | None:
     return None if sliding_window is None or sliding_window >= max_seq_len else sliding_window
 
 
-def _plan_buffers(tiling: AttentionTiling, num_kv_heads: int, head_size: int, like: Tensor) -> tuple[Tensor, ...]:
+def _plan_buffers(tiling: AttentionTiling, num_kv_heads: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         like.new_empty((tiling.max_items, 8), dtype=torch.int32),
         like.new_empty((tiling.max_merges, 2), dtype=torch.int32),
         like.new_empty((4 + tiling.max_merges * num_kv_heads,), dtype=torch.int32),
-        like.new_empty((tiling.max_slots * num_kv_heads * tiling.rows, head_size + 1), dtype=torch.float32),
     )
 
 
@@ -415,11 +414,11 @@ def _plan_attention(
     max_query_len: int,
     max_seq_len: int,
     sliding_window: int | None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     geometry = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window)
-    items, merges, counts, partials = _plan_attention_fake(seq_lens, query_start_loc, *geometry)
+    items, merges, counts = _plan_attention_fake(seq_lens, query_start_loc, *geometry)
     _plan_attention_out(seq_lens, query_start_loc, items, merges, counts, *geometry)
-    return items, merges, counts, partials
+    return items, merges, counts
 
 
 def _plan_attention_fake(
@@ -431,11 +430,11 @@ def _plan_attention_fake(
     max_query_len: int,
     max_seq_len: int,
     sliding_window: int | None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
     num_seqs = seq_lens.shape[0]
     tiling = _tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
-    return _plan_buffers(tiling, num_kv_heads, head_size, seq_lens)
+    return _plan_buffers(tiling, num_kv_heads, seq_lens)
 
 
 def _attention_outputs(call: _Attention, return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -528,11 +527,11 @@ def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     if plan is None:
         plan = _plan_attention(seq_lens, query_start_loc, *geometry, call.sliding_window)
     tiling = _cached_tiling(num_seqs, *geometry, query.device)
-    items, merges, counts, partials = plan
+    items, merges, counts = plan
     if items.shape[0] != tiling.max_items or counts.shape[0] != 4 + tiling.max_merges * num_kv_heads:
         _fail("plan", items, f"made for these {num_seqs} sequences and this geometry")
     attention.paged_attention(
-        query, key_cache, value_cache, block_table, items, merges, counts, partials,
+        query, key_cache, value_cache, block_table, items, merges, counts,
         tiling=tiling,
         scale=call.scale,
         causal=call.causal,
@@ -773,7 +772,7 @@ _PLAN = (
 )
 _register(
     "plan_attention",
-    f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor, Tensor)",
     _plan_attention,
     _plan_attention_fake,
 )
@@ -839,36 +838,25 @@ _register(
 # --- what people call -------------------------------------------------------------------------------------------------
 
 
-class AttentionGeometry(NamedTuple):
-    """What a plan is made for; with the number of sequences it decides every buffer's size."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    head_size_v: int
-    block_size: int
-    max_query_len: int
-    max_seq_len: int
-    sliding_window: int | None
-
-
 @dataclass(frozen=True)
 class AttentionPlan:
     """How a step's attention is cut up, made once by ``plan_attention`` for all layers of one geometry.
 
-    The tensors are laid out as ``kernels/plan_reference.py`` says, with room for the partial results of split
-    sequences. That room makes it a plan for one stream at a time.
+    The tensors are laid out as ``kernels/plan_reference.py`` says; counters among them make it a plan for one stream at
+    a time. ``geometry``: what it was made for, in the order of ``GEOMETRY``.
     """
 
     items: Tensor
     merges: Tensor
     counts: Tensor
-    partials: Tensor
-    geometry: AttentionGeometry
+    geometry: tuple[int | None, ...]
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.items, self.merges, self.counts, self.partials]
+        return [self.items, self.merges, self.counts]
+
+
+GEOMETRY = "num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window"
 
 
 def plan_attention(
@@ -914,20 +902,18 @@ def plan_attention(
     if batch_invariant:
         raise NotImplementedError("plan_attention: batch_invariant is not implemented yet")
     head_size_v = head_size if head_size_v is None else head_size_v
-    geometry = AttentionGeometry(
-        num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window
-    )
+    geometry = (num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window)
     arguments = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window)
     if out is None:
         tensors = torch.ops.pagedattn.plan_attention.default(seq_lens, query_start_loc, *arguments)
-        items, merges, counts, partials = tensors
-        return AttentionPlan(items, merges, counts, partials, geometry)
+        items, merges, counts = tensors
+        return AttentionPlan(items, merges, counts, geometry)
     if not isinstance(out, AttentionPlan):
         raise TypeError(f"out: got {type(out).__name__}; must be an AttentionPlan or None")
     _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
     if out.geometry != geometry:
-        raise ValueError(f"out: got a plan for {out.geometry}; must be for {geometry}")
-    torch.ops.pagedattn.plan_attention.out(seq_lens, query_start_loc, *out.tensors[:3], *arguments)
+        raise ValueError(f"out: got a plan for ({GEOMETRY}) = {out.geometry}; must be for {geometry}")
+    torch.ops.pagedattn.plan_attention.out(seq_lens, query_start_loc, *out.tensors, *arguments)
     return out
 
 
@@ -1064,7 +1050,7 @@ def paged_attention(
             query.shape[1], key_cache.shape[2], query.shape[2], _head_size(value_cache), key_cache.shape[1],
             max_query_len, arguments[7], sliding_window,
         ):  # fmt: skip
-            raise ValueError(f"plan: got one for {plan.geometry}; must be for this call's arguments")
+            raise ValueError(f"plan: got one for ({GEOMETRY}) = {plan.geometry}; must be for this call's")
         if out is None:
             result, result_lse = torch.ops.pagedattn.paged_attention.default(*arguments, return_lse)
             return (result, result_lse) if return_lse else result

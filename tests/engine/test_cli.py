@@ -30,8 +30,8 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The lines of stderr that are not progress."""
-        return [line for line in self.err.splitlines() if not line.startswith(PROGRESS)]
+        """The lines of stderr that are not progress, nor the empty one that ends it."""
+        return [line for line in self.err.splitlines() if line and not line.startswith(PROGRESS)]
 
 
 Command = Callable[..., Outcome]
