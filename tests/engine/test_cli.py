@@ -275,7 +275,9 @@ def test_one_of_several_prompts_fails_alone(command: Command) -> None:
     outcome = command("generate", *RANDOM, "--max-tokens", "3", "--num-blocks", "4", "one", "hi" * 50)
     assert outcome.status == 2
     assert "> one\n" in outcome.out
-    assert outcome.errors[0].startswith("pagedattn: error: 1 of 2 prompts failed; the first: the prompt has 100 tokens")
+    assert outcome.errors[-1].startswith(
+        "pagedattn: error: 1 of 2 prompts failed; the first: the prompt has 100 tokens"
+    )
 
 
 def test_stop_string_ends_the_answer(command: Command) -> None:
