@@ -335,7 +335,6 @@ class Decoder:
             sliding_window=config.sliding_window,
             plan=plan,
         )
-        assert isinstance(attended, Tensor)  # a pair only with return_lse
         hidden.addmm_(attended.flatten(1), layer.output.t())
         if layer.output_bias is not None:
             hidden += layer.output_bias
