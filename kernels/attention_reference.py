@@ -1,67 +1,36 @@
 """Paged attention in torch: what the Triton kernel must compute, and the serving path of machines without a GPU.
 
-Query tokens are cut into tiles, tiles of equal shape and similar length are stacked into groups, and a group walks
-over its keys a chunk at a time with an online softmax (Milakov and Gimelshein, 2018). Working memory is bounded by
-``GATHERED`` and ``LOGITS`` elements whatever the lengths; a batch of one long and many short sequences is never
-padded to the long one.
+Query tokens are cut into tiles; tiles of equal query count and similar span are stacked into groups; a group gathers
+its keys and values a chunk at a time, attends to each chunk with one fused call, and merges the chunks by their
+log-sum-exp. Working memory is bounded by ``GATHERED`` and ``LOGITS`` elements whatever the lengths; a batch of one long
+and many short sequences is never padded to the long one. How a batch is cut follows from its lengths alone and is
+remembered, so that a model's layers share it.
+
+In batch-invariant mode tiles and chunks lie at fixed positions of the sequence and are padded to one size, so that the
+fused call, which computes each tile and head by itself, does the same for a row whatever surrounds it.
 
 Layouts: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, Dv]; block_table [B, max_blocks].
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pagedattn.kernels.quantization import dequantize
 
-GATHERED = 1 << 18  # elements of a group's keys and values together at a time: they stay in a core's cache
-LOGITS = 1 << 20  # elements of a group's logits at a time
-MAX_TILE_QUERIES = 128
-PADDING_RATIO = 1.5  # a group's longest span may make it this much larger than the sum of its spans
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Up to MAX_TILE_QUERIES consecutive query tokens of one sequence, and the keys that any of them can see."""
-
-    sequence: int
-    row: int  # of its first query in the batch
-    queries: int
-    position: int  # of its first query in the sequence
-    origin: int  # position of the sequence's first query token
-    first_key: int
-    end_key: int
-
-
-class Group:
-    """Tiles of equal query count that are computed together, as columns. G tiles of Q queries."""
-
-    def __init__(self, tiles: list[Tile], block_size: int, device: torch.device) -> None:
-        self.queries = tiles[0].queries
-        self.spans = [(tile.first_key, tile.end_key) for tile in tiles]
-        self.first_blocks = [tile.first_key // block_size for tile in tiles]
-        self.num_blocks = max(
-            -(-tile.end_key // block_size) - first for tile, first in zip(tiles, self.first_blocks, strict=True)
-        )
-        columns = [[t.sequence, t.row, t.position, t.origin, t.first_key, t.end_key] for t in tiles]
-        self.sequence, row, position, origin, first_key, end_key = torch.tensor(columns, device=device).unbind(1)
-        steps = torch.arange(self.queries, device=device)
-        self.rows = row[:, None] + steps  # [G, Q]
-        self.query_position = (position[:, None] + steps)[:, :, None]  # [G, Q, 1]
-        self.origin, self.first_key, self.end_key = (
-            c[:, None, None] for c in (origin, first_key, end_key)
-        )  # [G, 1, 1]
-
-    def table(self, block_table: Tensor, start: int, count: int, block_size: int) -> Tensor:
-        """Ids of each tile's blocks start..start + count, [G, count]; blocks that it does not reach read as block 0."""
-        index = self.first_key[:, 0] // block_size + torch.arange(start, start + count, device=block_table.device)
-        needed = index * block_size < self.end_key[:, 0]
-        ids = block_table[self.sequence[:, None], index.clamp_max(block_table.shape[1] - 1)]
-        return ids.long().masked_fill_(~needed, 0)
+GATHERED = 1 << 20  # elements of a group's keys and values together at a time
+LOGITS = 1 << 20  # elements of a group's mask, or logits, at a time
+MAX_TILE_QUERIES = 256
+PADDING = 1 << 17  # elements of padding that cost less than one more group
+INVARIANT_QUERIES = 16  # of a batch-invariant tile
+INVARIANT_KEYS = 256  # of a batch-invariant chunk
+INFINITY = float("inf")
 
 
 @dataclass(frozen=True)
@@ -75,6 +44,62 @@ class Masking:
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
     tree_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What of ``Masking`` decides which keys a query sees from positions alone."""
+
+    causal: bool
+    sliding_window: int | None
+    attention_chunk: int | None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some consecutive query tokens of one sequence, and the keys that any of them can see."""
+
+    sequence: int
+    row: int  # of its first query in the batch
+    queries: int
+    position: int  # of its first query in the sequence
+    origin: int  # position of the sequence's first query token
+    first_key: int
+    end_key: int
+
+    @property
+    def span(self) -> int:
+        return self.end_key - self.first_key
+
+    @property
+    def num_chunks(self) -> int:
+        """Batch-invariant chunks that it sees some of."""
+        return -(-self.end_key // INVARIANT_KEYS) - self.first_key // INVARIANT_KEYS
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """C consecutive keys of each tile of a group; where a tile has fewer, its last key again, masked."""
+
+    position: Tensor  # int64 [G, C], of the keys
+    block: Tensor  # int64 [G, C], columns of the block table
+    slot: Tensor  # int64 [G, C], in the block
+    mask: Tensor | None  # fp32 [G, 1, Q or 1, C], 0 or -inf; None: all is seen
+    blind: Tensor | None  # bool [G, 1, Q or 1]: queries that see none of the chunk; None: there are none
+
+
+@dataclass(frozen=True)
+class Group:
+    """G tiles of Q queries that are computed together."""
+
+    queries: int
+    sequence: Tensor  # int64 [G, 1]
+    rows: Tensor  # int64 [G * Q], of the batch; where a batch-invariant tile has none, one of its others
+    kept: Tensor | None  # int64, which of the rows are results; None: all
+    written: Tensor  # int64, the rows of the results
+    query_position: Tensor  # int64 [G, Q, 1]
+    origin: Tensor  # int64 [G, 1, 1]
+    chunks: tuple[Chunk, ...]
 
 
 def paged_attention(
@@ -92,188 +117,310 @@ def paged_attention(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     """Write attention into ``out`` [T, Hq, Dv] and its log-sum-exp into ``lse`` (fp32 [T, Hq]; None: not wanted)."""
+    num_tokens, num_heads, head_size = query.shape
+    num_kv_heads, head_size_v = key_cache.shape[2], out.shape[2]
     if q_scale is not None and q_scale.dim() == 1:
-        q_scale = q_scale.repeat_interleave(query.shape[1] // key_cache.shape[2])
-    out.zero_()
-    if lse is not None:
-        lse.fill_(float("-inf"))
-    num_heads, num_kv_heads, block_size = query.shape[1], key_cache.shape[2], key_cache.shape[1]
-    kv_elements = num_kv_heads * (query.shape[2] + out.shape[2])  # per key
-    tile_queries = max(1, min(MAX_TILE_QUERIES, LOGITS // (512 * num_heads)))
-    tiles = _cut_tiles(seq_lens.tolist(), query_start_loc.tolist(), tile_queries, masking)
-    for group in _group_tiles(tiles, block_size, kv_elements, num_heads):
-        columns = Group(group, block_size, query.device)
-        group_query = dequantize(query[columns.rows], q_scale) * scale
-        result, result_lse = _attend(
-            group_query, key_cache, value_cache, block_table, columns, masking, k_scale, v_scale
-        )
-        out[columns.rows] = result.to(out.dtype)
+        q_scale = q_scale.repeat_interleave(num_heads // num_kv_heads)
+    groups = cut_batch(
+        tuple(seq_lens.tolist()),
+        tuple(query_start_loc.tolist()),
+        key_cache.shape[1],
+        num_heads,
+        num_kv_heads * (head_size + head_size_v),
+        Visibility(masking.causal and masking.tree_mask is None, masking.sliding_window, masking.attention_chunk),
+        batch_invariant,
+    )
+    if sum(group.written.numel() for group in groups) < num_tokens:  # padding, and positions below 0
+        out.zero_()
         if lse is not None:
-            lse[columns.rows] = result_lse
+            lse.fill_(-INFINITY)
+    for group in groups:
+        # Of a lone query token, the heads that share a KV head are the rows of one product; of several, the tokens are.
+        heads = (num_kv_heads, num_heads // num_kv_heads) if group.queries == 1 else (group.queries, num_heads)
+        group_query = dequantize(query.index_select(0, group.rows), q_scale).view(-1, *heads, head_size)
+        if group.queries > 1:
+            group_query = group_query.transpose(1, 2)
+        result, result_lse = _attend(
+            group_query, key_cache, value_cache, block_table, group, masking, scale, k_scale, v_scale
+        )
+        if masking.sinks is not None:
+            sinks = masking.sinks.view(heads) if group.queries == 1 else masking.sinks[:, None]
+            result, result_lse = _add_sink(result, result_lse, sinks)
+        if group.queries > 1:
+            result, result_lse = result.transpose(1, 2), result_lse.transpose(1, 2)
+        result, result_lse = result.reshape(-1, num_heads, head_size_v), result_lse.reshape(-1, num_heads)
+        if group.kept is not None:
+            result, result_lse = result[group.kept], result_lse[group.kept]
+        out.index_copy_(0, group.written, result.to(out.dtype))
+        if lse is not None:
+            lse.index_copy_(0, group.written, result_lse)
 
 
-def _cut_tiles(seq_lens: list[int], query_start_loc: list[int], tile_queries: int, masking: Masking) -> list[Tile]:
-    tiles = []
-    window, chunk = masking.sliding_window, masking.attention_chunk
-    for sequence, seq_len in enumerate(seq_lens):
-        begin, end = query_start_loc[sequence], query_start_loc[sequence + 1]
+@lru_cache(maxsize=4)
+def cut_batch(
+    seq_lens: tuple[int, ...],
+    query_start_loc: tuple[int, ...],
+    block_size: int,
+    num_heads: int,
+    kv_elements: int,
+    visibility: Visibility,
+    batch_invariant: bool = False,
+) -> tuple[Group, ...]:
+    """Cut a batch into groups. ``kv_elements``: elements of one key and its value, over all KV heads."""
+    tile_queries = max(1, min(MAX_TILE_QUERIES, LOGITS // (512 * num_heads)))
+    if batch_invariant:
+        tile_queries = INVARIANT_QUERIES
+    cut = _cut_tiles(seq_lens, query_start_loc, tile_queries, visibility, batch_invariant)
+    tiles = [tile for tile in cut if tile.span > 0]
+    if batch_invariant:
+        size = INVARIANT_KEYS * max(kv_elements, num_heads * INVARIANT_QUERIES * GATHERED // LOGITS)
+        tiles.sort(key=lambda tile: tile.num_chunks)
+        count = max(1, GATHERED // size)
+        groups = [tiles[first : first + count] for first in range(0, len(tiles), count)]
+        return tuple(_make_invariant_group(group, block_size, visibility) for group in groups)
+    return tuple(
+        _make_group(group, block_size, num_heads, kv_elements, visibility)
+        for group in _group_tiles(tiles, num_heads, kv_elements)
+    )
+
+
+def _cut_tiles(
+    seq_lens: tuple[int, ...],
+    query_start_loc: tuple[int, ...],
+    tile_queries: int,
+    visibility: Visibility,
+    is_aligned: bool,
+) -> Iterator[Tile]:
+    """Tiles of up to ``tile_queries``; if aligned they end where the position is a multiple of it."""
+    window, chunk = visibility.sliding_window, visibility.attention_chunk
+    for sequence, (seq_len, (begin, end)) in enumerate(
+        zip(seq_lens, itertools.pairwise(query_start_loc), strict=True)
+    ):
         origin = seq_len - (end - begin)
-        for row in range(begin + max(0, -origin), end, tile_queries):  # positions below 0 have no result
-            queries = min(tile_queries, end - row)
+        row = begin + max(0, -origin)  # positions below 0 have no result
+        while row < end:
             position = origin + row - begin
+            queries = min(tile_queries - (position % tile_queries if is_aligned else 0), end - row)
             last = position + queries - 1
             first_key, end_key = 0, seq_len
             if window is not None:
                 first_key, end_key = max(0, position - window + 1), min(seq_len, last + window)
             if chunk is not None:
-                first_key, end_key = (
-                    max(first_key, position // chunk * chunk),
-                    min(end_key, (last // chunk + 1) * chunk),
-                )
-            if masking.causal and masking.tree_mask is None:
+                first_key = max(first_key, position // chunk * chunk)
+                end_key = min(end_key, (last // chunk + 1) * chunk)
+            if visibility.causal:
                 end_key = min(end_key, last + 1)
-            tiles.append(Tile(sequence, row, queries, position, origin, first_key, end_key))
-    return tiles
+            yield Tile(sequence, row, queries, position, origin, first_key, end_key)
+            row += queries
 
 
-def _group_tiles(tiles: list[Tile], block_size: int, kv_elements: int, num_heads: int) -> Iterator[list[Tile]]:
-    """Stack tiles of equal query count and similar span, as long as one block of each fits."""
+def _group_tiles(tiles: list[Tile], num_heads: int, kv_elements: int) -> Iterator[list[Tile]]:
+    """Stack tiles of equal query count, as long as what is gathered stays small and little of it is padding."""
     group: list[Tile] = []
     total = 0
-    for tile in sorted(tiles, key=lambda tile: (tile.queries, tile.end_key - tile.first_key)):
-        span = tile.end_key - tile.first_key + block_size
+    for tile in sorted(tiles, key=lambda tile: (tile.queries, tile.span)):
         count = len(group) + 1
-        stacks = count * span <= PADDING_RATIO * (total + span)
-        keys = count * block_size
+        keys = count * tile.span
+        stacks = (keys - total - tile.span) * kv_elements <= max(PADDING, keys * kv_elements // 8)
         fits = keys * kv_elements <= GATHERED and keys * num_heads * tile.queries <= LOGITS
         if group and not (stacks and fits and tile.queries == group[0].queries):
             yield group
             group, total = [], 0
         group.append(tile)
-        total += span
+        total += tile.span
     if group:
         yield group
 
 
+def _columns(tiles: list[Tile]) -> Tensor:
+    """sequence, row, position, origin, first_key and end_key of tiles: int64 [6, G, 1]."""
+    columns = [[t.sequence, t.row, t.position, t.origin, t.first_key, t.end_key] for t in tiles]
+    return torch.tensor(columns).T[:, :, None]
+
+
+def _make_group(
+    tiles: list[Tile], block_size: int, num_heads: int, kv_elements: int, visibility: Visibility
+) -> Group:
+    sequence, row, position, origin, first_key, end_key = _columns(tiles)
+    queries = tiles[0].queries
+    steps = torch.arange(queries)
+    query_position = (position + steps)[:, :, None]
+    span = max(tile.span for tile in tiles)
+    size = max(1, min(GATHERED // kv_elements, LOGITS // (num_heads * queries)) // len(tiles))  # keys at a time
+    chunks = tuple(
+        _make_chunk(
+            first_key + torch.arange(start, min(start + size, span)), first_key, end_key, query_position, block_size,
+            visibility,
+        )
+        for start in range(0, span, size)
+    )  # fmt: skip
+    rows = (row + steps).flatten()
+    return Group(queries, sequence, rows, None, rows, query_position, origin[:, :, None], chunks)
+
+
+def _make_invariant_group(tiles: list[Tile], block_size: int, visibility: Visibility) -> Group:
+    sequence, row, position, origin, first_key, end_key = _columns(tiles)
+    steps = torch.arange(INVARIANT_QUERIES)
+    aligned = position // INVARIANT_QUERIES * INVARIANT_QUERIES
+    query_position = (aligned + steps)[:, :, None]
+    index = aligned + steps - position  # of each row in its tile, outside 0..queries where it has none
+    queries = torch.tensor([[tile.queries] for tile in tiles])
+    exists = ((index >= 0) & (index < queries)).flatten()
+    rows = (row + index.clamp_min(0).minimum(queries - 1)).flatten()
+    first_chunk = first_key // INVARIANT_KEYS
+    chunks = tuple(
+        _make_chunk(
+            (first_chunk + number) * INVARIANT_KEYS + torch.arange(INVARIANT_KEYS), first_key, end_key,
+            query_position, block_size, visibility,
+        )
+        for number in range(max(tile.num_chunks for tile in tiles))
+    )  # fmt: skip
+    kept = exists.nonzero()[:, 0]
+    return Group(
+        INVARIANT_QUERIES, sequence, rows, kept, rows[kept], query_position, origin[:, :, None], chunks
+    )
+
+
+def _make_chunk(
+    wanted: Tensor,  # int64 [G, C], positions of keys
+    first_key: Tensor,
+    end_key: Tensor,
+    query_position: Tensor,
+    block_size: int,
+    visibility: Visibility,
+) -> Chunk:
+    key_position = torch.minimum(torch.maximum(wanted, first_key), end_key - 1)
+    visible = (wanted == key_position)[:, None, :]
+    if query_position.shape[1] > 1 or visibility.sliding_window is not None or visibility.attention_chunk is not None:
+        visible = visible & _sees(query_position, wanted[:, None, :], visibility)
+    mask = blind = None
+    if not visible.all():
+        mask = torch.zeros(visible.shape).masked_fill_(~visible, -INFINITY)[:, None]
+        blind = ~visible.any(-1)[:, None]
+    return Chunk(
+        key_position,
+        key_position // block_size,
+        key_position % block_size,
+        mask,
+        blind if blind is not None and blind.any() else None,
+    )
+
+
+def _sees(query_position: Tensor, key_position: Tensor, visibility: Visibility) -> Tensor:
+    """Which keys [G, 1, C] the queries [G, Q, 1] see: bool [G, Q, C]."""
+    distance = query_position - key_position
+    visible = distance >= 0 if visibility.causal else torch.ones_like(distance, dtype=torch.bool)
+    if visibility.sliding_window is not None:
+        visible &= distance.abs() < visibility.sliding_window
+    if visibility.attention_chunk is not None:
+        visible &= query_position // visibility.attention_chunk == key_position // visibility.attention_chunk
+    return visible
+
+
 def _attend(
-    query: Tensor,  # fp32 [G, Q, Hq, D], scaled
+    query: Tensor,  # fp32 [G, H, Q, D]: H = Hq, or for lone query tokens H = Hkv and Q = Hq / Hkv
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
     group: Group,
     masking: Masking,
+    scale: float,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a group of G tiles: fp32 [G, Q, Hq, Dv] and its log-sum-exp [G, Q, Hq]."""
-    tiles, queries, num_heads, head_size = query.shape
-    block_size, num_kv_heads = key_cache.shape[1], key_cache.shape[2]
-    head_size_v = value_cache.shape[3] * (2 if value_cache.dtype == torch.uint8 else 1)
-    heads_per_kv = num_heads // num_kv_heads
-    rows = queries * heads_per_kv
-    # [Hkv, G, Q * heads_per_kv, D]: the queries of one KV head are the rows of one batched product.
-    query = query.view(tiles, queries, num_kv_heads, heads_per_kv, head_size).permute(2, 0, 1, 3, 4)
-    query = query.reshape(num_kv_heads, tiles, rows, head_size)
-    maximum = query.new_full((num_kv_heads, tiles, rows), float("-inf"))
-    denominator = torch.zeros_like(maximum)
-    accumulator = query.new_zeros(num_kv_heads, tiles, rows, head_size_v)
-
-    at_once = min(GATHERED // (num_kv_heads * (head_size + head_size_v)), LOGITS // (num_heads * queries)) // tiles
-    chunk = max(1, at_once // block_size)  # blocks of each tile at once
-    for start in range(0, group.num_blocks, chunk):
-        count = min(chunk, group.num_blocks - start)
-        table = group.table(block_table, start, count, block_size)
-        keys = _gather(key_cache, table, k_scale)
-        values = _gather(value_cache, table, v_scale)
-        for index, (first_key, end_key) in enumerate(group.spans):
-            # Slots that no query of the tile sees may hold anything, and 0 * NaN is NaN.
-            begin = (group.first_blocks[index] + start) * block_size
-            if begin < first_key:
-                values[index, : first_key - begin] = 0
-            if begin + values.shape[1] > end_key:
-                values[index, max(0, end_key - begin) :] = 0
-        logits = query.new_empty(num_kv_heads, tiles, rows, keys.shape[1])
-        for head in range(num_kv_heads):
-            torch.bmm(query[head], keys[:, :, head].transpose(1, 2), out=logits[head])
-        key_position = (group.first_key // block_size + start) * block_size
-        key_position = key_position + torch.arange(keys.shape[1], device=query.device)  # [G, 1, C]
-        _apply_masking(logits.view(num_kv_heads, tiles, queries, heads_per_kv, -1), key_position, group, masking)
-        new_maximum = torch.maximum(maximum, logits.amax(-1))
-        shift = new_maximum.masked_fill(new_maximum == float("-inf"), 0.0)
-        probabilities = logits.sub_(shift[..., None]).exp_()
-        correction = torch.exp(maximum - shift)
-        denominator = denominator.mul_(correction).add_(probabilities.sum(-1))
-        accumulator.mul_(correction[..., None])
-        for head in range(num_kv_heads):
-            accumulator[head].baddbmm_(probabilities[head], values[:, :, head])
-        maximum = new_maximum
-    return _finish(maximum, denominator, accumulator, queries, masking.sinks)
+    """Attention of a group: fp32 [G, H, Q, Dv] and its log-sum-exp [G, H, Q]."""
+    state: tuple[Tensor, Tensor] | None = None
+    for chunk in group.chunks:
+        block = block_table[group.sequence, chunk.block]
+        keys = _gather(key_cache, block, chunk.slot, k_scale)
+        values = _gather(value_cache, block, chunk.slot, v_scale)
+        mask, blind = chunk.mask, chunk.blind
+        if masking.tree_mask is not None:
+            seen = _sees_in_tree(chunk.position[:, None] - group.origin, masking.tree_mask[group.rows], group.queries)
+            tree = torch.zeros(seen.shape).masked_fill_(~seen, -INFINITY)[:, None]
+            mask = tree if mask is None else mask + tree
+            blind = mask.isneginf().all(-1)
+        if masking.alibi_slopes is not None:
+            distance = (group.query_position - chunk.position[:, None]).abs()[:, None]  # [G, 1, Q, C]
+            slopes = masking.alibi_slopes
+            slopes = slopes.view(1, *query.shape[1:3], 1) if group.queries == 1 else slopes[:, None, None]
+            mask = -slopes * distance if mask is None else mask - slopes * distance
+        part = _attend_chunk(query, keys, values, mask, scale, masking.softcap)
+        if blind is not None:
+            part[1].masked_fill_(blind, -INFINITY)
+        state = part if state is None else merge_states(*state, *part)
+    assert state is not None, "a tile without keys is in no group"
+    return state
 
 
-def _apply_masking(logits: Tensor, key_position: Tensor, group: Group, masking: Masking) -> None:
-    """Softcap, bias and mask logits [Hkv, G, Q, heads_per_kv, C] in place. key_position: [G, 1, C]."""
-    if masking.softcap is not None:
-        logits.div_(masking.softcap).tanh_().mul_(masking.softcap)
-    distance = group.query_position - key_position  # [G, Q, C]
-    if masking.alibi_slopes is not None:
-        logits.sub_(masking.alibi_slopes.view(logits.shape[0], 1, 1, -1, 1) * distance.abs()[:, :, None])
-    visible = (key_position >= group.first_key) & (key_position < group.end_key)
-    if masking.tree_mask is not None:
-        visible = visible & _tree_visible(key_position - group.origin, masking.tree_mask[group.rows])
-    elif masking.causal and group.queries > 1:  # a lone query sees all of its tile's span
-        visible = visible & (distance >= 0)
-    if masking.sliding_window is not None:
-        visible = visible & (distance.abs() < masking.sliding_window)
-    if masking.attention_chunk is not None:
-        query_chunk = group.query_position // masking.attention_chunk
-        visible = visible & (query_chunk == key_position // masking.attention_chunk)
-    logits.masked_fill_(~visible[:, :, None], float("-inf"))
+def _attend_chunk(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """[G, H, Q, D] over keys and values [G, Hkv, C, D] with an additive mask: attention and its log-sum-exp [G, H, Q].
+
+    Where the mask is all -inf the output is 0 and the log-sum-exp is of no use.
+    """
+    if softcap is None and keys.shape[3] == values.shape[3]:
+        # What F.scaled_dot_product_attention runs on a CPU, called here for its second result.
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.expand(*query.shape[:3], -1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, False, attn_mask=mask, scale=scale
+        )
+    sharing = query.shape[1] // keys.shape[1]
+    rows = query.unflatten(1, (-1, sharing)).flatten(2, 3)
+    logits = torch.matmul(rows, keys.transpose(2, 3)).view(*query.shape[:3], -1).mul_(scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        logits.add_(mask)
+    lse = torch.logsumexp(logits, -1)
+    shift = lse.masked_fill(lse == -INFINITY, 0.0)
+    probabilities = logits.sub_(shift[..., None]).exp_().view(*rows.shape[:3], -1)
+    return torch.matmul(probabilities, values).view(*query.shape[:3], -1), lse
 
 
-def _tree_visible(column: Tensor, mask: Tensor) -> Tensor:
-    """Keys before the sequence's query tokens (column < 0) are seen, query tokens where mask [G, Q, columns] says."""
-    inside = (column >= 0) & (column < mask.shape[-1])
-    picked = torch.gather(mask, 2, column.clamp(0, mask.shape[-1] - 1).expand(-1, mask.shape[1], -1))
+def _sees_in_tree(column: Tensor, tree_mask: Tensor, queries: int) -> Tensor:
+    """Keys before the sequence's query tokens (column [G, 1, C] < 0) are seen, query tokens where the mask says."""
+    tree_mask = tree_mask.view(-1, queries, tree_mask.shape[-1])
+    inside = (column >= 0) & (column < tree_mask.shape[-1])
+    picked = torch.gather(tree_mask, 2, column.clamp(0, tree_mask.shape[-1] - 1).expand(-1, queries, -1))
     return (column < 0) | (inside & picked)
 
 
-def _finish(
-    maximum: Tensor, denominator: Tensor, accumulator: Tensor, queries: int, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Normalize [Hkv, G, rows(, Dv)] and restore [G, Q, Hq(, Dv)]."""
-    num_kv_heads, tiles, rows, _head_size_v = accumulator.shape
-    if sinks is not None:
-        sink = sinks.view(num_kv_heads, 1, 1, rows // queries).expand(-1, tiles, queries, -1).reshape(maximum.shape)
-        total = torch.maximum(maximum, sink)
-        shift = total.masked_fill(total == float("-inf"), 0.0)
-        correction = torch.exp(maximum - shift)
-        denominator = denominator * correction + torch.exp(sink - shift)
-        accumulator = accumulator * correction[..., None]
-        maximum = total
-    lse = maximum + denominator.log()  # -inf + -inf where nothing was visible
-    result = accumulator / denominator.masked_fill(denominator == 0, 1.0)[..., None]
-
-    def restore(tensor: Tensor) -> Tensor:
-        tensor = tensor.view(num_kv_heads, tiles, queries, rows // queries, -1)
-        return tensor.permute(1, 2, 0, 3, 4).reshape(tiles, queries, -1, tensor.shape[-1])
-
-    return restore(result), restore(lse)[..., 0]
-
-
-def _gather(cache: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
-    """Blocks [G, count] of a cache as fp32 [G, count * S, Hkv, D], dequantized; freshly allocated."""
-    ids = table.flatten()
-    shape = (table.shape[0], -1, *cache.shape[2:])
+def _gather(cache: Tensor, block: Tensor, slot: Tensor, scale: Tensor | None) -> Tensor:
+    """Tokens [G, C] of a cache as fp32 [G, Hkv, C, D], dequantized; freshly allocated."""
+    if cache.stride(2) == cache.shape[3] and cache.stride(0) % cache.stride(1) == 0:
+        # Slots lie at equal distances, whatever is between them: a token is one row of one matrix.
+        blocks, block_size = cache.shape[:2]
+        pitch = cache.stride(0) // cache.stride(1)
+        rows = cache.as_strided(((blocks - 1) * pitch + block_size, *cache.shape[2:]), cache.stride()[1:])
+        tokens = rows.index_select(0, (block * pitch + slot).flatten()).view(*block.shape, *cache.shape[2:])
+    else:
+        tokens = cache[block.long(), slot]
     if scale is not None and scale.dim() == 3:
-        scale = scale.index_select(0, ids).view(*shape[:3])
-    return dequantize(cache.index_select(0, ids).view(shape), scale)
+        scale = scale[block.long(), slot]
+    return dequantize(tokens, scale).transpose(1, 2)
+
+
+def _add_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One logit more in the denominator: out [G, H, Q, Dv], lse [G, H, Q], sinks broadcast to lse."""
+    total = torch.logaddexp(lse, sinks.expand_as(lse))
+    return out * torch.exp(lse - total)[..., None].nan_to_num(0.0), total
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from the attention over each: fp32 [..., Dv] and [...]."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    safe = lse.masked_fill(lse == -INFINITY, 0.0)
+    weight_a, weight_b = (torch.exp(part - safe)[..., None] for part in (lse_a, lse_b))
+    return out_a * weight_a + out_b * weight_b, lse
 
 
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys from the attention over each: [T, Hq, Dv] and fp32 [T, Hq]."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    safe = lse.masked_fill(lse == float("-inf"), 0.0)
-    weight_a, weight_b = (torch.exp(part - safe)[..., None] for part in (lse_a, lse_b))
-    return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype), lse
+    """``merge_states`` of [T, Hq, Dv] in any floating dtype."""
+    out, lse = merge_states(out_a.float(), lse_a, out_b.float(), lse_b)
+    return out.to(out_a.dtype), lse

@@ -12,7 +12,41 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedattn.kernels.launcher import Launcher
-from pagedattn.kernels.tiling import CHUNK_ALIGNMENT, MIN_CHUNK, AttentionTiling, next_power_of_2
+from pagedattn.kernels.tiling import (
+    CHUNK_ALIGNMENT,
+    COARSE_CHUNK,
+    COARSE_FROM,
+    FINE_CHUNK,
+    MIN_CHUNK,
+    AttentionTiling,
+    next_power_of_2,
+)
+
+
+@triton.jit
+def chunk_of(position, FINE: tl.constexpr, COARSE: tl.constexpr, FROM: tl.constexpr):
+    """Index of the batch-invariant chunk that key positions lie in."""
+    return tl.where(position < FROM, position // FINE, FROM // FINE + (position - FROM) // COARSE)
+
+
+@triton.jit
+def chunk_begin(index, FINE: tl.constexpr, COARSE: tl.constexpr, FROM: tl.constexpr):
+    """First key position of batch-invariant chunks."""
+    return tl.where(index < FROM // FINE, index * FINE, FROM + (index - FROM // FINE) * COARSE)
+
+
+@triton.jit
+def part_of(position, chunk, COARSE: tl.constexpr, FROM: tl.constexpr):
+    """Index of the batch-invariant item that key positions lie in."""
+    further = FROM // chunk + (position - FROM) // COARSE
+    return tl.where((chunk >= COARSE) | (position < FROM), position // chunk, further)
+
+
+@triton.jit
+def part_begin(index, chunk, COARSE: tl.constexpr, FROM: tl.constexpr):
+    """First key position of batch-invariant items."""
+    further = FROM + (index - FROM // chunk) * COARSE
+    return tl.where((chunk >= COARSE) | (index <= FROM // chunk), index * chunk, further)
 
 
 @triton.jit(
@@ -21,6 +55,7 @@ from pagedattn.kernels.tiling import CHUNK_ALIGNMENT, MIN_CHUNK, AttentionTiling
         "sliding_window",
         "target_items",
         "max_items",
+        "max_slots",
         "max_merges",
         "num_arrivals",
         "num_programs",
@@ -36,13 +71,18 @@ def plan_attention_kernel(
     sliding_window,
     target_items,
     max_items,
+    max_slots,
     max_merges,
     num_arrivals,
     num_programs,
     QUERIES_PER_TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     CHUNK_ALIGNMENT: tl.constexpr,
+    FINE: tl.constexpr,
+    COARSE: tl.constexpr,
+    FROM: tl.constexpr,
     NUM_LANES: tl.constexpr,
 ):
     sequence = tl.arange(0, NUM_LANES)
@@ -56,17 +96,33 @@ def plan_attention_kernel(
     span = seq_len
     if HAS_WINDOW:
         span = tl.minimum(seq_len - tl.maximum(origin - sliding_window + 1, 0), 2 * sliding_window + QUERIES_PER_TILE)
-    total = tl.sum(tiles.to(tl.int64) * span)
-    share = tl.cdiv(tl.cdiv(total, target_items), CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
-    chunk = tl.maximum(share, MIN_CHUNK).to(tl.int32)
+    share = tl.cdiv(tl.sum(tiles.to(tl.int64) * span), target_items).to(tl.int32)
 
-    chunks = tl.maximum(tl.cdiv(span, chunk), 1)
-    is_split = chunks > 1
-    items = tiles * chunks
-    slots = tl.where(is_split, items, 0)
+    if BATCH_INVARIANT:
+        chunk = share * 0 + FINE
+        while chunk < share:
+            chunk *= 2
+        last_key = tl.maximum(seq_len - 1, 0)
+        parts = part_of(last_key, chunk, COARSE, FROM) + 1
+        slots = chunk_of(last_key, FINE, COARSE, FROM) + 1
+        if HAS_WINDOW:
+            parts = tl.minimum(parts, tl.cdiv(span, chunk) + 1)
+            slots = tl.minimum(slots, tl.cdiv(span, FINE) + 1)
+        wants_split = (parts > 1) & (span > share)
+        wanted = tl.where(wants_split, tiles * slots, 0)
+        first_slot = tl.cumsum(wanted) - wanted
+        is_split = wants_split & (first_slot + wanted <= max_slots)
+    else:
+        chunk = tl.maximum(tl.cdiv(share, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT, MIN_CHUNK)
+        parts = tl.maximum(tl.cdiv(span, chunk), 1)
+        slots = parts
+        is_split = parts > 1
+        wanted = tl.where(is_split, tiles * slots, 0)
+        first_slot = tl.cumsum(wanted) - wanted
+    items_per_tile = tl.where(is_split, parts, 1)
+    items = tiles * items_per_tile
     merges = tl.where(is_split, tiles, 0)
     first_item = tl.cumsum(items) - items
-    first_slot = tl.cumsum(slots) - slots
     first_merge = tl.cumsum(merges) - merges
 
     program = tl.program_id(0)
@@ -81,8 +137,8 @@ def plan_attention_kernel(
     index = program
     most_items = tl.max(items)
     while index < most_items:
-        tile = index // chunks
-        part = index % chunks
+        tile = index // items_per_tile
+        part = index % items_per_tile
         first_query = tile * QUERIES_PER_TILE
         queries = tl.minimum(QUERIES_PER_TILE, query_len - first_query)
         position = origin + first_query
@@ -91,7 +147,20 @@ def plan_attention_kernel(
         if HAS_WINDOW:
             first_key = tl.maximum(position - sliding_window + 1, 0)
             end_key = tl.minimum(seq_len, position + queries - 1 + sliding_window)
-        key = first_key + part * chunk
+        first_of_tile = first_slot + tile * slots
+        if BATCH_INVARIANT:
+            wanted_part = part_of(first_key, chunk, COARSE, FROM) + part
+            key = tl.maximum(first_key, part_begin(wanted_part, chunk, COARSE, FROM))
+            part_end = part_begin(wanted_part + 1, chunk, COARSE, FROM)
+            first_chunk = chunk_of(first_key, FINE, COARSE, FROM)
+            slot = first_of_tile + chunk_of(key, FINE, COARSE, FROM) - first_chunk
+            used_slots = chunk_of(tl.maximum(end_key - 1, first_key), FINE, COARSE, FROM) - first_chunk + 1
+        else:
+            key = first_key + part * chunk
+            part_end = key + chunk
+            slot = first_of_tile + part
+            used_slots = slots
+        merge = first_merge + tile
         item = first_item + index
         writes = (index < items) & (item < max_items)
         item_ptr = items_ptr + item * 8
@@ -99,14 +168,16 @@ def plan_attention_kernel(
         tl.store(item_ptr + 1, begin + first_query, mask=writes)
         tl.store(item_ptr + 2, queries, mask=writes)
         tl.store(item_ptr + 3, position, mask=writes)
-        tl.store(item_ptr + 4, key, mask=writes)
-        tl.store(item_ptr + 5, tl.minimum(end_key, key + chunk), mask=writes)
-        tl.store(item_ptr + 6, tl.where(is_split, first_slot + index, -1), mask=writes)
-        merge = first_merge + tile
+        tl.store(item_ptr + 4, tl.where(is_split, key, first_key), mask=writes)
+        tl.store(item_ptr + 5, tl.where(is_split, tl.minimum(end_key, part_end), end_key), mask=writes)
+        tl.store(item_ptr + 6, tl.where(is_split, slot, -1), mask=writes)
         tl.store(item_ptr + 7, tl.where(is_split, merge, -1), mask=writes)
         writes = (index < items) & is_split & (part == 0) & (merge < max_merges)
-        tl.store(merges_ptr + merge * 2, first_slot + index, mask=writes)
-        tl.store(merges_ptr + merge * 2 + 1, chunks, mask=writes)
+        merge_ptr = merges_ptr + merge * 4
+        tl.store(merge_ptr, first_of_tile, mask=writes)
+        tl.store(merge_ptr + 1, used_slots, mask=writes)
+        tl.store(merge_ptr + 2, parts, mask=writes)
+        tl.store(merge_ptr + 3, 0, mask=writes)
         index += num_programs
 
 
@@ -122,22 +193,24 @@ def plan_attention(
 ) -> None:
     """Write the plan of seq_lens int32 [B] and query_start_loc int32 [B + 1] into items, merges and counts."""
     num_seqs = seq_lens.shape[0]
-    programs = min(
-        32, max(1, tiling.max_items // max(1, num_seqs))
-    )  # the longer a sequence's list may be, the more share it
+    # The longer a sequence's list may be, the more programs share it.
+    programs = min(32, max(1, tiling.max_items // max(1, num_seqs)))
     lanes = max(16, next_power_of_2(max(1, num_seqs)))
-    constants = (tiling.queries_per_tile, sliding_window is not None, MIN_CHUNK, CHUNK_ALIGNMENT, lanes)
-    launch_plan(
+    constants = (
+        tiling.queries_per_tile, sliding_window is not None, tiling.batch_invariant,
+        MIN_CHUNK, CHUNK_ALIGNMENT, FINE_CHUNK, COARSE_CHUNK, COARSE_FROM, lanes,
+    )  # fmt: skip
+    launch = launch_plan.prepare(
         constants,
         (programs, 1),
-        (seq_lens, query_start_loc, items, merges, counts),
         seq_lens.device,
         (
-            num_seqs, sliding_window or 0, tiling.target_items,
-            items.shape[0], merges.shape[0], counts.shape[0] - 4, programs, *constants,
+            num_seqs, sliding_window or 0, tiling.target_items, tiling.max_items, tiling.max_slots,
+            tiling.max_merges, counts.shape[0] - 4, programs, *constants,
         ),
         num_warps=4,
     )  # fmt: skip
+    launch((seq_lens, query_start_loc, items, merges, counts))
 
 
 launch_plan = Launcher(plan_attention_kernel)

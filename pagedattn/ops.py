@@ -153,9 +153,11 @@ def _check_cache_scales(cache: Tensor, k_scale: Tensor | None, v_scale: Tensor |
             _fail(name, scale, f"on {cache.device}")
 
 
-def _check_head_size(name: str, head_size: int) -> None:
+def _check_head_sizes(name: str, head_size: int, name_v: str, head_size_v: int) -> None:
     if head_size < 8 or head_size % 8 or not (head_size <= 256 or head_size in (512, 576)):
         raise ValueError(f"{name}: got head size {head_size}; must be a multiple of 8 up to 256, 512 or 576")
+    if head_size_v < 8 or head_size_v % 8 or not (head_size_v <= 256 or head_size_v == 512):
+        raise ValueError(f"{name_v}: got head size {head_size_v}; must be a multiple of 8 up to 256, or 512")
 
 
 class _Attention(NamedTuple):
@@ -181,12 +183,13 @@ class _Attention(NamedTuple):
     v_scale: Tensor | None
     tree_mask: Tensor | None
     plan: list[Tensor] | None
+    batch_invariant: bool  # what the plan is made for
 
 
 def _check_attention(call: _Attention) -> None:
     (
         query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len, scale, _,
-        sliding_window, attention_chunk, softcap, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask, _,
+        sliding_window, attention_chunk, softcap, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask, _, _,
     ) = call  # fmt: skip
     device = query.device
     _check_rows("query", query, device, _QUERY_DTYPES)
@@ -201,8 +204,7 @@ def _check_attention(call: _Attention) -> None:
         _fail("query", query, f"of a multiple of key_cache's {num_kv_heads} heads")
     if _head_size(key_cache) != head_size:
         _fail("key_cache", key_cache, f"of head size {head_size} like query")
-    _check_head_size("query", head_size)
-    _check_head_size("value_cache", _head_size(value_cache))
+    _check_head_sizes("query", head_size, "value_cache", _head_size(value_cache))
     if key_cache.dtype not in LARGEST and query.dtype != key_cache.dtype:
         _fail("key_cache", key_cache, f"{query.dtype} like query, or quantized")
     if query.dtype == torch.float8_e4m3fn:
@@ -320,24 +322,20 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiling(
-    num_seqs: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    max_query_len: int,
-    max_seq_len: int,
-    device: torch.device,
-) -> AttentionTiling:
-    return choose_tiling(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        max_query_len=max_query_len,
-        max_seq_len=max_seq_len,
-        num_seqs=num_seqs,
-        programs=_programs(device),
-    )
+class _Geometry(NamedTuple):
+    """What a plan's buffers and tiles follow from, besides the number of sequences and the device."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+    max_query_len: int
+    max_seq_len: int
+    batch_invariant: bool
+
+
+def _tiling(geometry: _Geometry, num_seqs: int, device: torch.device) -> AttentionTiling:
+    return choose_tiling(**geometry._asdict(), num_seqs=num_seqs, programs=_programs(device))
 
 
 _cached_tiling = lru_cache(maxsize=1024)(_tiling)  # symbolic sizes, which only fakes see, cannot be hashed
@@ -348,11 +346,19 @@ def _window(sliding_window: int | None, max_seq_len: int) -> int | None:
     return None if sliding_window is None or sliding_window >= max_seq_len else sliding_window
 
 
-def _plan_buffers(tiling: AttentionTiling, num_kv_heads: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_buffers(tiling: AttentionTiling, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         like.new_empty((tiling.max_items, 8), dtype=torch.int32),
-        like.new_empty((tiling.max_merges, 2), dtype=torch.int32),
-        like.new_empty((4 + tiling.max_merges * num_kv_heads,), dtype=torch.int32),
+        like.new_empty((tiling.max_merges, 4), dtype=torch.int32),
+        like.new_empty((tiling.num_counts,), dtype=torch.int32),
+    )
+
+
+def _fits_plan(tiling: AttentionTiling, items: Tensor, merges: Tensor, counts: Tensor) -> bool:
+    return (
+        items.shape[0] == tiling.max_items
+        and merges.shape[0] == tiling.max_merges
+        and counts.shape[0] == tiling.num_counts
     )
 
 
@@ -372,53 +378,40 @@ def _plan_attention_out(
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
+    head_size_v: int,
     max_query_len: int,
     max_seq_len: int,
     sliding_window: int | None,
+    batch_invariant: bool,
 ) -> None:
-    num_seqs = seq_lens.shape[0]
-    tiling = _cached_tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
-    if items.shape[0] != tiling.max_items or counts.shape[0] != 4 + tiling.max_merges * num_kv_heads:
-        _fail("out", items, f"a plan of {num_seqs} sequences with the same geometry")
+    geometry = _Geometry(
+        num_heads, num_kv_heads, head_size, head_size_v, max_query_len, max_seq_len, batch_invariant
+    )
+    _check_plan(seq_lens, query_start_loc, geometry)
+    tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
+    if not _fits_plan(tiling, items, merges, counts):
+        _fail("out", items, f"a plan of {seq_lens.shape[0]} sequences with the same geometry")
+    make = plan_reference.plan_attention
     if _uses_triton(seq_lens):
         from pagedattn.kernels import plan
 
         make = plan.plan_attention
-    else:
-        make = plan_reference.plan_attention
-    make(
-        seq_lens,
-        query_start_loc,
-        items,
-        merges,
-        counts,
-        tiling=tiling,
-        sliding_window=_window(sliding_window, max_seq_len),
-    )
+    window = _window(sliding_window, max_seq_len)
+    make(seq_lens, query_start_loc, items, merges, counts, tiling=tiling, sliding_window=window)
 
 
-def _check_plan(seq_lens: Tensor, query_start_loc: Tensor, num_heads: int, num_kv_heads: int, head_size: int) -> None:
+def _check_plan(seq_lens: Tensor, query_start_loc: Tensor, geometry: _Geometry) -> None:
     _check_index("seq_lens", seq_lens, torch.int32, 1, seq_lens.device)
     _check_index("query_start_loc", query_start_loc, torch.int32, 1, seq_lens.device, seq_lens.shape[0] + 1)
-    if num_heads % num_kv_heads != 0:
-        _fail("num_heads", num_heads, f"a multiple of num_kv_heads={num_kv_heads}")
-    _check_head_size("head_size", head_size)
+    if geometry.num_heads % geometry.num_kv_heads != 0:
+        _fail("num_heads", geometry.num_heads, f"a multiple of num_kv_heads={geometry.num_kv_heads}")
+    _check_head_sizes("head_size", geometry.head_size, "head_size_v", geometry.head_size_v)
 
 
-def _plan_attention(
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    max_query_len: int,
-    max_seq_len: int,
-    sliding_window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window)
-    items, merges, counts = _plan_attention_fake(seq_lens, query_start_loc, *geometry)
-    _plan_attention_out(seq_lens, query_start_loc, items, merges, counts, *geometry)
-    return items, merges, counts
+def _plan_attention(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = _plan_attention_fake(seq_lens, query_start_loc, *arguments)
+    _plan_attention_out(seq_lens, query_start_loc, *tensors, *arguments)
+    return tensors
 
 
 def _plan_attention_fake(
@@ -427,14 +420,17 @@ def _plan_attention_fake(
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
+    head_size_v: int,
     max_query_len: int,
     max_seq_len: int,
     sliding_window: int | None,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
-    num_seqs = seq_lens.shape[0]
-    tiling = _tiling(num_seqs, num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, seq_lens.device)
-    return _plan_buffers(tiling, num_kv_heads, seq_lens)
+    geometry = _Geometry(
+        num_heads, num_kv_heads, head_size, head_size_v, max_query_len, max_seq_len, batch_invariant
+    )
+    _check_plan(seq_lens, query_start_loc, geometry)
+    return _plan_buffers(_tiling(geometry, seq_lens.shape[0], seq_lens.device), seq_lens)
 
 
 def _attention_outputs(call: _Attention, return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -505,40 +501,79 @@ def _attend(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
         q_scale=call.q_scale,
         k_scale=call.k_scale,
         v_scale=call.v_scale,
+        batch_invariant=call.batch_invariant,
     )
 
 
 def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
-    from pagedattn.kernels import attention
+    from pagedattn.kernels.attention import AttentionOptions, PreparedAttention
 
-    query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, max_seq_len = call[:8]
-    missing = attention.unsupported(
-        query, key_cache, value_cache,
-        attention_chunk=call.attention_chunk, softcap=call.softcap, alibi_slopes=call.alibi_slopes, sinks=call.sinks,
-        q_scale=call.q_scale, k_scale=call.k_scale, v_scale=call.v_scale, tree_mask=call.tree_mask,
-    )  # fmt: skip
-    if missing:
-        raise NotImplementedError(
-            f"paged_attention: {missing} is not in the Triton kernels yet (the CPU reference has it)"
-        )
-    (_, num_heads, head_size), num_kv_heads, num_seqs = query.shape, key_cache.shape[2], seq_lens.shape[0]
-    geometry = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len)
-    plan: Sequence[Tensor] | None = call.plan
+    query, key_cache, value_cache, num_seqs = call.query, call.key_cache, call.value_cache, call.seq_lens.shape[0]
+    sizes = (query.shape[1], key_cache.shape[2], query.shape[2], out.shape[2], call.max_query_len, call.max_seq_len)
+    plan = call.plan
     if plan is None:
-        plan = _plan_attention(seq_lens, query_start_loc, *geometry, call.sliding_window)
-    tiling = _cached_tiling(num_seqs, *geometry, query.device)
-    items, merges, counts = plan
-    if items.shape[0] != tiling.max_items or counts.shape[0] != 4 + tiling.max_merges * num_kv_heads:
-        _fail("plan", items, f"made for these {num_seqs} sequences and this geometry")
-    attention.paged_attention(
-        query, key_cache, value_cache, block_table, items, merges, counts,
-        tiling=tiling,
-        scale=call.scale,
-        causal=call.causal,
-        sliding_window=_window(call.sliding_window, max_seq_len),
-        out=out,
-        lse=lse,
+        arguments = (*sizes, call.sliding_window, call.batch_invariant)
+        plan = list(_plan_attention(call.seq_lens, call.query_start_loc, *arguments))
+    tiling = _cached_tiling(_Geometry(*sizes, call.batch_invariant), num_seqs, query.device)
+    if len(plan) != 3 or not _fits_plan(tiling, *plan):
+        _fail("plan", plan[0], f"made for these {num_seqs} sequences and this geometry")
+    window = _window(call.sliding_window, call.max_seq_len)
+    options = AttentionOptions(call.scale, call.causal, window, *call[11:19])
+    prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, options, out, lse)
+    if len(_prepared) >= MAX_PREPARED:
+        _prepared.clear()
+    _prepared[_fingerprint(call, out, lse)] = prepared
+    prepared(*call[:4], call.query_start_loc, plan, *call[13:19], out, lse)
+
+
+# --- the way of eager calls that were seen before ---------------------------------------------------------------------
+
+MAX_PREPARED = 4096  # calls remembered; a decode loop makes a new one each time that a bound or a batch size changes
+_prepared: dict[Any, Any] = {}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Nothing has to see the op: no compiler, mode, transform or profiler, and an ordinary tensor."""
+    return (
+        tensor.__class__ is Tensor
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._autograd._profiler_enabled()
+        and not CHECK_VALUES
+    )
+
+
+def _records_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _metadata(tensor: Tensor | None) -> Any:
+    return tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _fingerprint(call: _Attention | tuple[Any, ...], out: Tensor | None, lse: Tensor | None) -> tuple[Any, ...]:
+    """All that the checks and the launch depend on. What passed once passes again."""
+    plan = call[19]
+    return (
+        *call[6:13], call[20], *map(_metadata, call[:6]), *map(_metadata, call[13:19]),
+        None if plan is None else (*map(_metadata, plan),), _metadata(out), lse is None,
     )  # fmt: skip
+
+
+def _attend_again(call: tuple[Any, ...], out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None] | None:
+    """Run a call whose like has passed all checks before; None if there was none."""
+    query, value_cache = call[0], call[2]
+    device, shape = query.device, query.shape
+    if out is None:
+        dtype = query.dtype if query.dtype in _FLOAT_DTYPES else torch.bfloat16
+        out = torch.empty((*shape[:2], _head_size(value_cache)), dtype=dtype, device=device)
+    lse = torch.empty(shape[:2], dtype=torch.float32, device=device) if return_lse else None
+    prepared = _prepared.get(_fingerprint(call, out, lse))
+    if prepared is None or _records_grad(*call[:3], call[13], call[14], out):
+        return None
+    prepared(*call[:4], call[5], call[19], *call[13:19], out, lse)
+    return out, lse
 
 
 def _append_kv(
@@ -558,12 +593,29 @@ def _append_kv(
     if not _uses_triton(key):
         cache_reference.append_kv(key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
-    from pagedattn.kernels import cache
+    _append_triton((None, key, value, None, None, key_cache, value_cache, slot_mapping, k_scale, v_scale), False)
 
-    missing = cache.unsupported(key, key_cache)
-    if missing:
-        raise NotImplementedError(f"append_kv: {missing} is not in the Triton kernels yet (the CPU reference has it)")
-    cache.append_kv(key, value, key_cache, value_cache, slot_mapping)
+
+def _append_triton(tensors: tuple[Tensor | None, ...], interleaved: bool) -> None:
+    """tensors: query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale."""
+    from pagedattn.kernels.cache import PreparedAppend
+
+    query, key, value, cos_sin, _, key_cache, value_cache, _, k_scale, v_scale = tensors
+    assert key is not None and value is not None and key_cache is not None and value_cache is not None
+    prepared = PreparedAppend(query, key, value, cos_sin, key_cache, value_cache, k_scale, v_scale, interleaved)
+    if len(_prepared) >= MAX_PREPARED:
+        _prepared.clear()
+    _prepared[(interleaved, *map(_metadata, tensors))] = prepared
+    prepared(*tensors)
+
+
+def _append_again(tensors: tuple[Tensor | None, ...], interleaved: bool) -> bool:
+    """Run an append whose like has passed all checks before; False if there was none."""
+    prepared = _prepared.get((interleaved, *map(_metadata, tensors)))
+    if prepared is None or _records_grad(tensors[0], tensors[1], tensors[2], tensors[5], tensors[6]):
+        return False
+    prepared(*tensors)
+    return True
 
 
 def _check_rope(
@@ -623,16 +675,8 @@ def _rope_append_kv(
             interleaved=interleaved, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
         return
-    from pagedattn.kernels import cache
-
-    missing = cache.unsupported(key, key_cache)
-    if missing:
-        raise NotImplementedError(
-            f"rope_append_kv: {missing} is not in the Triton kernels yet (the CPU reference has it)"
-        )
-    cache.rope_append_kv(
-        query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, interleaved=interleaved
-    )
+    tensors = (query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    _append_triton(tensors, interleaved)
 
 
 def _check_copy(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
@@ -767,8 +811,8 @@ def _fake_of_mutation(check: Callable[..., None]) -> Callable[..., None]:
 
 
 _PLAN = (
-    "SymInt num_heads, SymInt num_kv_heads, SymInt head_size, SymInt max_query_len, SymInt max_seq_len, "
-    "SymInt? sliding_window"
+    "SymInt num_heads, SymInt num_kv_heads, SymInt head_size, SymInt head_size_v, SymInt max_query_len, "
+    "SymInt max_seq_len, SymInt? sliding_window, bool batch_invariant"
 )
 _register(
     "plan_attention",
@@ -787,6 +831,7 @@ _ATTENTION = (
     "Tensor query_start_loc, SymInt max_query_len, SymInt max_seq_len, float scale, bool causal, "
     "SymInt? sliding_window, SymInt? attention_chunk, float? softcap, Tensor? alibi_slopes, Tensor? sinks, "
     "Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, Tensor? tree_mask, Tensor[]? plan, "
+    "bool batch_invariant, "
 )
 _register(
     "paged_attention", f"({_ATTENTION}bool return_lse) -> (Tensor, Tensor)", _paged_attention, _paged_attention_fake
@@ -849,14 +894,21 @@ class AttentionPlan:
     items: Tensor
     merges: Tensor
     counts: Tensor
-    geometry: tuple[int | None, ...]
+    geometry: tuple[Any, ...]
+
+    @property
+    def batch_invariant(self) -> bool:
+        return self.geometry[8]
 
     @property
     def tensors(self) -> list[Tensor]:
         return [self.items, self.merges, self.counts]
 
 
-GEOMETRY = "num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window"
+GEOMETRY = (
+    "num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window, "
+    "batch_invariant"
+)
 
 
 def plan_attention(
@@ -882,12 +934,12 @@ def plan_attention(
         num_heads, num_kv_heads, head_size, head_size_v, block_size: the layers' geometry; head_size_v None = head_size.
         max_query_len, max_seq_len: upper bounds, host ints. They and B decide every buffer's size.
         sliding_window: as in ``paged_attention``.
-        batch_invariant: not implemented yet.
+        batch_invariant: make every sequence's output the same bits whatever else is in the batch, however it is padded
+            and however its prefill was cut.
         out: a plan of the same geometry, rewritten in place (same addresses, as a CUDA graph needs).
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
-        NotImplementedError: for batch_invariant=True.
     """
     _require_tensor("seq_lens", seq_lens)
     _require_tensor("query_start_loc", query_start_loc)
@@ -899,18 +951,16 @@ def plan_attention(
     _require_int("max_seq_len", max_seq_len)
     _require_int("sliding_window", sliding_window, minimum=1, optional=True)
     _require_bool("batch_invariant", batch_invariant)
-    if batch_invariant:
-        raise NotImplementedError("plan_attention: batch_invariant is not implemented yet")
     head_size_v = head_size if head_size_v is None else head_size_v
-    geometry = (num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window)
-    arguments = (num_heads, num_kv_heads, head_size, max_query_len, max_seq_len, sliding_window)
+    sizes = (num_heads, num_kv_heads, head_size, head_size_v)
+    bounds = (max_query_len, max_seq_len, sliding_window, batch_invariant)
+    geometry, arguments = (*sizes, block_size, *bounds), (*sizes, *bounds)
     if out is None:
         tensors = torch.ops.pagedattn.plan_attention.default(seq_lens, query_start_loc, *arguments)
         items, merges, counts = tensors
         return AttentionPlan(items, merges, counts, geometry)
     if not isinstance(out, AttentionPlan):
         raise TypeError(f"out: got {type(out).__name__}; must be an AttentionPlan or None")
-    _check_plan(seq_lens, query_start_loc, num_heads, num_kv_heads, head_size)
     if out.geometry != geometry:
         raise ValueError(f"out: got a plan for ({GEOMETRY}) = {out.geometry}; must be for {geometry}")
     torch.ops.pagedattn.plan_attention.out(seq_lens, query_start_loc, *out.tensors, *arguments)
@@ -997,7 +1047,6 @@ def paged_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
-        NotImplementedError: naming a feature that the Triton kernels do not have yet.
     """
 
     def check_types() -> None:
@@ -1044,13 +1093,17 @@ def paged_attention(
             query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len,
             bound if max_seq_len is None else max_seq_len, query.shape[2] ** -0.5 if scale is None else scale, causal,
             sliding_window, attention_chunk, softcap, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask,
-            None if plan is None else plan.tensors,
+            None if plan is None else plan.tensors, False if plan is None else plan.geometry[8],
         )  # fmt: skip
         if plan is not None and plan.geometry != (
             query.shape[1], key_cache.shape[2], query.shape[2], _head_size(value_cache), key_cache.shape[1],
-            max_query_len, arguments[7], sliding_window,
+            max_query_len, arguments[7], sliding_window, plan.geometry[8],
         ):  # fmt: skip
             raise ValueError(f"plan: got one for ({GEOMETRY}) = {plan.geometry}; must be for this call's")
+        if plan is not None and not torch.compiler.is_compiling() and _is_plain(query):
+            again = _attend_again(arguments, out, return_lse)
+            if again is not None:
+                return again if return_lse else again[0]  # type: ignore[return-value]
         if out is None:
             result, result_lse = torch.ops.pagedattn.paged_attention.default(*arguments, return_lse)
             return (result, result_lse) if return_lse else result
@@ -1083,13 +1136,16 @@ def append_kv(
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
-        NotImplementedError: naming a feature that the Triton kernels do not have yet.
     """
     for name, given in (("key", key), ("value", value), ("key_cache", key_cache), ("value_cache", value_cache)):
         _require_tensor(name, given)
     _require_tensor("slot_mapping", slot_mapping)
     _require_tensor("k_scale", k_scale, optional=True)
     _require_tensor("v_scale", v_scale, optional=True)
+    if not torch.compiler.is_compiling() and _is_plain(key):
+        tensors = (None, key, value, None, None, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+        if _append_again(tensors, False):
+            return
     torch.ops.pagedattn.append_kv.default(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
 
 
@@ -1122,7 +1178,6 @@ def rope_append_kv(
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
-        NotImplementedError: naming a feature that the Triton kernels do not have yet.
     """
     for name, given in (
         ("query", query),
@@ -1142,6 +1197,10 @@ def rope_append_kv(
         _require_int("rotary_dim", rotary_dim, minimum=2)
         if cos_sin.dim() != 2 or rotary_dim != cos_sin.shape[1]:
             _fail("rotary_dim", rotary_dim, "cos_sin.shape[1]")
+    if not torch.compiler.is_compiling() and _is_plain(key):
+        tensors = (query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+        if _append_again(tensors, interleaved):
+            return
     torch.ops.pagedattn.rope_append_kv.default(
         query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, interleaved, k_scale, v_scale
     )

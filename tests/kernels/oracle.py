@@ -125,5 +125,5 @@ def _attention(case: AttentionCase, dtype: torch.dtype) -> tuple[Tensor, Tensor]
             logits = torch.cat((logits, sinks.masked_fill((position < 0)[:, None], -math.inf)), -1)
         probabilities = torch.softmax(logits, -1).nan_to_num(0.0)[..., :length]  # no visible key: 0 / 0
         out[begin:end] = torch.einsum("hqk,khd->qhd", probabilities, values.to(dtype)).double()
-        lse[begin:end] = torch.logsumexp(logits.double(), -1).T
+        lse[begin:end] = torch.logsumexp(logits, -1).double().T
     return out, lse

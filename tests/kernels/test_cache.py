@@ -18,7 +18,7 @@ def inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     blocks = -(-tokens // block_size) + 2
-    key_cache, value_cache = (t.to(DEVICE) for t in cache_layout(layout, blocks, block_size, heads, size, dtype))
+    key_cache, value_cache = (t.to(DEVICE) for t in cache_layout(layout, blocks, block_size, heads, (size, size), dtype))
     query = torch.randn(tokens, heads * 2, size, generator=generator).to(DEVICE, dtype)
     key = torch.randn(tokens, heads, size, generator=generator).to(DEVICE, dtype)
     value = torch.randn(tokens, heads, size, generator=generator).to(DEVICE, dtype)
@@ -112,18 +112,86 @@ def test_rope_append_rotates_queries_of_skipped_tokens() -> None:
     assert torch.equal(query, torch.cat((-before[..., 12:], before[..., :12]), dim=-1))
 
 
+SPECIAL = (0.0, -0.0, 1e-9, -3e-8, 0.0019, 0.5, 1.5, 2.5, -2.5, 447.9, 1e9, float("inf"), float("-inf"), float("nan"))
+
+
+@pytest.mark.parametrize("cache_dtype", list(LARGEST), ids=str)
+@pytest.mark.parametrize("scales", ["tensor", "head", "token"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved"])
+def test_quantized_append(cache_dtype: torch.dtype, scales: str, dtype: torch.dtype, layout: str) -> None:
+    """Bit for bit what the reference stores, its scales too, and nothing beside; odd sizes and special values."""
+    generator = torch.Generator().manual_seed(0)
+    blocks, block_size, heads, size, size_v, tokens = 3, 5, 3, 40, 24, 11
+    key = torch.randn(tokens, heads, size, generator=generator) * 3
+    value = torch.randn(tokens, heads, size_v, generator=generator) * 0.1
+    key[0, 0, : len(SPECIAL)] = torch.tensor(SPECIAL)
+    if cache_dtype in (torch.int8, torch.uint8):
+        key[key.isnan()] = 0.0  # as an integer it is nothing
+    key[1] = 0.0
+    if scales == "token":
+        key[~key.isfinite()] = 5.0
+    key, value = key.to(DEVICE, dtype), value.to(DEVICE, dtype)
+    slots = torch.randperm(blocks * block_size, generator=generator)[:tokens].to(DEVICE)
+    slots[tokens // 2] = -1
+    shape = {"tensor": (), "head": (heads,), "token": (blocks, block_size, heads)}[scales]
+    given = [(torch.rand(shape, generator=generator) + 0.5) * 5 / LARGEST[cache_dtype] for _ in range(2)]
+    results = []
+    for append in (pagedattn.append_kv, cache_reference.append_kv):
+        caches = cache_layout(layout, blocks, block_size, heads, (size, size_v), cache_dtype)
+        base = torch.empty(0)
+        if layout == "interleaved":  # two views of one tensor: move it as one
+            base = torch.cat(caches, dim=-1).to(DEVICE)
+            caches = (base[..., : caches[0].shape[-1]], base[..., caches[0].shape[-1] :])
+        else:
+            caches = tuple(c.transpose(1, 2).to(DEVICE).transpose(1, 2) if layout == "HND" else c.to(DEVICE) for c in caches)
+        used = [scale.clone().to(DEVICE) for scale in given]
+        append(key, value, *caches, slots, k_scale=used[0], v_scale=used[1])
+        results.append([*(cache.contiguous().view(torch.uint8) for cache in caches), *used])
+    for ours, expected in zip(*results, strict=True):
+        if ours.dtype == torch.uint8 and cache_dtype == torch.float8_e5m2:  # a NaN has several spellings
+            ours, expected = (t.view(cache_dtype).float().nan_to_num(1e6) for t in (ours, expected))
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("cache_dtype", list(LARGEST), ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [24, 16, 6])
+def test_quantized_rope_append(cache_dtype: torch.dtype, interleaved: bool, rotary_dim: int) -> None:
+    """One launch rotates and quantizes as the reference does in two steps."""
+    query, key, value, *_, slots = inputs(rotary_dim, DTYPES[0], "NHD", 4)
+    angles = torch.rand(50, rotary_dim // 2, generator=torch.Generator().manual_seed(1)) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(DEVICE)
+    positions = torch.arange(len(key), device=DEVICE) * 3
+    results = []
+    for append in (pagedattn.rope_append_kv, cache_reference.rope_append_kv):
+        caches = [c.to(DEVICE) for c in cache_layout("NHD", 5, 4, 3, (24, 24), cache_dtype)]
+        scales = [torch.full((5, 4, 3), torch.nan, device=DEVICE) for _ in range(2)]
+        append(
+            query.clone(), key, value, cos_sin, positions, *caches, slots,
+            interleaved=interleaved, k_scale=scales[0], v_scale=scales[1],
+        )  # fmt: skip
+        results.append([dequantize(cache, scale) for cache, scale in zip(caches, scales, strict=True)])
+    for ours, expected in zip(*results, strict=True):
+        # cos and sin may be rounded one step apart; a stored number is then one step apart
+        torch.testing.assert_close(ours, expected, equal_nan=True, rtol=0.0, atol=1.0)
+        same = (ours == expected) | expected.isnan()
+        assert same.float().mean() > 0.99
+
+
 @pytest.mark.parametrize("dtype", list(LARGEST), ids=str)
-def test_quantized_append_of_the_reference(dtype: torch.dtype) -> None:
+def test_quantized_append_is_accurate(dtype: torch.dtype) -> None:
     """Every kind of scale; per-token scales are written so that the largest element survives exactly."""
     generator = torch.Generator().manual_seed(0)
-    key, value = torch.randn(2, 5, 3, 16, generator=generator).unbind()
-    slots = torch.tensor([3, 9, -1, 0, 11])
+    key, value = (t.to(DEVICE) for t in torch.randn(2, 5, 3, 16, generator=generator).unbind())
+    slots = torch.tensor([3, 9, -1, 0, 11], device=DEVICE)
     stored_size = 8 if dtype == torch.uint8 else 16
     step = {torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3}.get(dtype)
     for shape in ((), (3,), (3, 4, 3)):
-        key_cache, value_cache = torch.zeros(2, 3, 4, 3, stored_size, dtype=torch.uint8).view(dtype).unbind()
-        k_scale, v_scale = torch.full((2, *shape), 5.0 / LARGEST[dtype]).unbind()
-        cache_reference.append_kv(key, value, key_cache, value_cache, slots, k_scale=k_scale, v_scale=v_scale)
+        zeros = torch.zeros(2, 3, 4, 3, stored_size, dtype=torch.uint8, device=DEVICE)
+        key_cache, value_cache = zeros.view(dtype).unbind()
+        k_scale, v_scale = torch.full((2, *shape), 5.0 / LARGEST[dtype], device=DEVICE).unbind()
+        pagedattn.append_kv(key, value, key_cache, value_cache, slots, k_scale=k_scale, v_scale=v_scale)
         for rows, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
             for row, slot in zip(rows, slots.tolist(), strict=True):
                 if slot < 0:
@@ -150,7 +218,7 @@ def test_gather_reads_what_append_wrote(block_size: int) -> None:
     lengths = [7, 0, 12]
     generator = torch.Generator().manual_seed(block_size)
     blocks = sum(-(-n // block_size) for n in lengths) + 1
-    key_cache, value_cache = (t.to(DEVICE) for t in cache_layout("HND", blocks, block_size, 2, 16, torch.float32))
+    key_cache, value_cache = (t.to(DEVICE) for t in cache_layout("HND", blocks, block_size, 2, (16, 16), torch.float32))
     table = torch.full((3, -(-12 // block_size) + 1), 2**30, dtype=torch.int32, device=DEVICE)
     ids = torch.randperm(blocks, generator=generator).tolist()
     rows = []

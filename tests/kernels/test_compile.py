@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from pagedattn.kernels.tiling import AttentionTiling, choose_launch, choose_tiling, next_power_of_2
+from pagedattn.kernels.attention import HEAD_SCALE, NO_SCALE, TENSOR_SCALE, TOKEN_SCALE
+from pagedattn.kernels.tiling import COARSE_CHUNK, COARSE_FROM, FINE_CHUNK, choose_launch, choose_tiling
 from tests.device import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
@@ -16,7 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 # Most bytes of shared memory that a thread block may use, by compute capability (CUDA programming guide).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8"}
+TRITON_NAMES |= {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 
 
 def compile_kernel(
@@ -37,66 +40,119 @@ def compile_kernel(
     return compiled
 
 
-def attention_variants(dtype: torch.dtype) -> list[tuple[AttentionTiling, int, int, bool]]:
-    """(tiling, head size, GQA group, windowed) of decode and prefill tiles of each head size class.
+@dataclass(frozen=True)
+class Variant:
+    """What of the attention kernel is compiled, beside its tile."""
 
-    With and without a window the half types, which compile to the same code but for the opcodes, take turns.
-    """
-    variants = []
-    for head_size, group, windowed in (
-        (64, 3, True),
-        (128, 4, dtype != torch.bfloat16),
-        (256, 2, dtype == torch.bfloat16),
-    ):
-        for max_query_len in (1, 512):
-            tiling = choose_tiling(
-                num_heads=group * 8,
-                num_kv_heads=8,
-                head_size=head_size,
-                max_query_len=max_query_len,
-                max_seq_len=8192,
-                num_seqs=4,
-                programs=264,
-            )
-            variants.append((tiling, head_size, group, windowed))
-    return variants
+    head: tuple[int, int] = (128, 128)
+    group: int = 4
+    cache: torch.dtype | None = None
+    scale: int = NO_SCALE
+    mask: str = "causal"
+    features: tuple[str, ...] = ()
+    batch_invariant: bool = False
+
+
+VARIANTS = {
+    torch.bfloat16: (
+        Variant(),
+        Variant((64, 64), 3, features=("HAS_WINDOW", "RETURN_LSE")),
+        Variant((256, 256), 2, features=("HAS_SOFTCAP", "HAS_WINDOW")),
+        Variant((576, 512), 128, mask="full"),
+        Variant((512, 512), 8, features=("HAS_SINKS",)),
+        Variant(cache=torch.float8_e4m3fn, scale=HEAD_SCALE),
+        Variant(cache=torch.uint8, scale=TOKEN_SCALE),
+        Variant((64, 64), 8, mask="tree", features=("HAS_CHUNK", "HAS_ALIBI", "HAS_SINKS", "HAS_SOFTCAP")),
+        Variant(batch_invariant=True),
+    ),
+    torch.float16: (
+        Variant(features=("HAS_WINDOW",)),
+        Variant((576, 512), 16, torch.float8_e5m2, TENSOR_SCALE),
+        Variant((256, 256), 4, torch.int8, TOKEN_SCALE, batch_invariant=True),
+        Variant((256, 256), 4, torch.uint8, HEAD_SCALE, features=("HAS_ALIBI",)),
+    ),
+    torch.float32: (
+        Variant(),
+        Variant((64, 64), 3, features=("HAS_WINDOW", "RETURN_LSE")),
+        Variant((256, 256), 2, mask="tree"),
+        Variant((512, 512), 4, torch.float8_e4m3fn, TOKEN_SCALE, batch_invariant=True),
+        Variant((576, 512), 16),
+    ),
+}
+FLAGS = ("HAS_WINDOW", "HAS_CHUNK", "HAS_SOFTCAP", "HAS_ALIBI", "HAS_SINKS", "RETURN_LSE")
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("dtype", TRITON_NAMES, ids=str)
+@pytest.mark.parametrize("dtype", VARIANTS, ids=str)
 def test_attention_compiles(capability: int, dtype: torch.dtype) -> None:
-    from pagedattn.kernels.attention import paged_attention_kernel
+    from pagedattn.kernels.attention import HeadSizes, paged_attention_kernel
 
-    element = "*" + TRITON_NAMES[dtype]
-    pointers = dict.fromkeys(("out_ptr", "query_ptr", "key_ptr", "value_ptr"), element)
-    pointers |= dict.fromkeys(("lse_ptr", "partials_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("block_table_ptr", "items_ptr", "merges_ptr", "counts_ptr"), "*i32") | {
-        "scale_log2": "fp32"
+    for number, variant in enumerate(VARIANTS[dtype]):
+        for max_query_len in (1, 512):
+            if capability not in (80, 90) and (number + (max_query_len > 1)) % 2:
+                continue  # the other chips take turns with decodes and prefills
+            compile_attention(paged_attention_kernel, HeadSizes.of(*variant.head), capability, dtype, variant, max_query_len)
+
+
+def compile_attention(
+    kernel: Any, heads: Any, capability: int, dtype: torch.dtype, variant: Variant, max_query_len: int
+) -> None:
+    tiling = choose_tiling(
+        num_heads=variant.group * 2,
+        num_kv_heads=2,
+        head_size=variant.head[0],
+        head_size_v=variant.head[1],
+        max_query_len=max_query_len,
+        max_seq_len=8192,
+        num_seqs=4,
+        programs=264,
+        batch_invariant=variant.batch_invariant,
+    )
+    cache = variant.cache or dtype
+    launch = choose_launch(
+        rows=tiling.rows,
+        head_size=variant.head[0],
+        head_size_v=variant.head[1],
+        itemsize=dtype.itemsize,
+        cache_itemsize=0.5 if cache == torch.uint8 else cache.itemsize,
+        shared_memory=SHARED_MEMORY[capability],
+    )
+    bits = cache == torch.float8_e4m3fn and capability < 89
+    stored = "*u8" if bits or cache == torch.uint8 else "*" + TRITON_NAMES[cache]
+    pointers = dict.fromkeys(("out_ptr", "query_ptr"), "*" + TRITON_NAMES[dtype])
+    pointers |= dict.fromkeys(("key_ptr", "value_ptr"), stored)
+    pointers |= dict.fromkeys(("lse_ptr", "partials_ptr", "alibi_slopes_ptr", "sinks_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32") | {"tree_mask_ptr": "*u8"}
+    names = ("block_table_ptr", "items_ptr", "merges_ptr", "counts_ptr", "query_start_loc_ptr")
+    pointers |= dict.fromkeys(names, "*i32") | dict.fromkeys(("logit_scale", "softcap_log2"), "fp32")
+    constants = {flag: flag in variant.features for flag in FLAGS} | {
+        "GROUP": variant.group,
+        "HEADS": tiling.heads_per_tile,
+        "KEY_DIM": heads.key,
+        "KEY_PADDED": heads.key_padded,
+        "KEY_REST": heads.key_rest,
+        "VALUE_DIM": heads.value,
+        "VALUE_PADDED": heads.value_padded,
+        "FORMAT": "e4m3 bits" if bits else "int4" if cache == torch.uint8 else "cast",
+        "QUERY_FORMAT": "cast",
+        "Q_SCALE": NO_SCALE,
+        "K_SCALE": variant.scale,
+        "V_SCALE": variant.scale,
+        "BLOCK_SIZE": 16,
+        "ROWS": tiling.rows,
+        "QUERIES_PER_TILE": tiling.queries_per_tile,
+        "BLOCK_N": launch.block_n,
+        "CAUSAL": variant.mask == "causal",
+        "HAS_TREE": variant.mask == "tree",
+        "BATCH_INVARIANT": variant.batch_invariant,
+        "FINE": FINE_CHUNK,
+        "COARSE": COARSE_CHUNK,
+        "FROM": COARSE_FROM,
     }
-    for tiling, head_size, group, windowed in attention_variants(dtype):
-        launch = choose_launch(
-            rows=tiling.rows, head_size=head_size, itemsize=dtype.itemsize, shared_memory=SHARED_MEMORY[capability]
-        )
-        constants = {
-            "GROUP": group,
-            "HEAD_DIM": head_size,
-            "HEAD_DIM_PADDED": next_power_of_2(head_size),
-            "BLOCK_SIZE": 16,
-            "ROWS": tiling.rows,
-            "QUERIES_PER_TILE": tiling.queries_per_tile,
-            "BLOCK_N": launch.block_n,
-            "CAUSAL": True,
-            "HAS_WINDOW": windowed,
-            "RETURN_LSE": windowed,
-        }
-        compile_kernel(
-            paged_attention_kernel,
-            capability,
-            pointers,
-            constants,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
+    compile_kernel(
+        kernel, capability, pointers, constants,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -105,13 +161,17 @@ def test_the_other_kernels_compile(capability: int) -> None:
     from pagedattn.kernels.plan import plan_attention_kernel
 
     for has_window in (False, True):
-        constants = {"QUERIES_PER_TILE": 4, "HAS_WINDOW": has_window, "MIN_CHUNK": 128, "CHUNK_ALIGNMENT": 128}
+        constants = {"QUERIES_PER_TILE": 4, "HAS_WINDOW": has_window, "BATCH_INVARIANT": has_window, "MIN_CHUNK": 128}
+        constants |= {"CHUNK_ALIGNMENT": 128, "FINE": FINE_CHUNK, "COARSE": COARSE_CHUNK, "FROM": COARSE_FROM}
         pointers = {name: "*i32" for name in plan_attention_kernel.arg_names if name.endswith("_ptr")}
         compile_kernel(plan_attention_kernel, capability, pointers, {**constants, "NUM_LANES": 256}, num_warps=4)
     for element in ("*bf16", "*fp32"):
-        pointers = {name: element for name in append_kv_kernel.arg_names if name.endswith("_ptr")}
-        pointers |= {"cos_sin_ptr": "*fp32", "positions_ptr": "*i64", "slot_mapping_ptr": "*i64"}
-        for rotary_dim in (0, 64, 128):
+        for rotary_dim, cache_format in ((0, "cast"), (64, "e4m3"), (128, "int4"), (128, "cast"), (64, "int8")):
+            stored = {"cast": element, "int8": "*i8"}.get(cache_format, "*u8")
+            pointers = {name: element for name in append_kv_kernel.arg_names if name.endswith("_ptr")}
+            pointers |= {"cos_sin_ptr": "*fp32", "positions_ptr": "*i64", "slot_mapping_ptr": "*i64"}
+            pointers |= {"key_cache_ptr": stored, "value_cache_ptr": stored, "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"}
+            padded = 64 if cache_format == "int4" else 128
             constants = {
                 "BLOCK_SIZE": 16,
                 "NUM_HEADS": 32,
@@ -119,11 +179,15 @@ def test_the_other_kernels_compile(capability: int) -> None:
                 "NUM_KV_HEADS": 8,
                 "KV_HEADS_PADDED": 8,
                 "HEAD_DIM": 128,
+                "KEY_PADDED": padded,
                 "HEAD_DIM_V": 128,
-                "HEAD_DIM_V_PADDED": 128,
+                "VALUE_PADDED": padded,
                 "ROTARY_DIM": rotary_dim,
                 "PAIRS_PADDED": max(1, rotary_dim // 2),
-                "REST_PADDED": next_power_of_2(max(1, 128 - rotary_dim)),
                 "INTERLEAVED": rotary_dim == 64,
+                "FORMAT": cache_format,
+                "LARGEST": 7.0,
+                "K_SCALE": TOKEN_SCALE if cache_format != "cast" else NO_SCALE,
+                "V_SCALE": HEAD_SCALE if cache_format != "cast" else NO_SCALE,
             }
-            compile_kernel(append_kv_kernel, capability, pointers, constants, num_warps=4)
+            compile_kernel(append_kv_kernel, capability, pointers, constants, num_warps=4, enable_fp_fusion=False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import pagedattn
 from pagedattn.kernels import plan_reference
-from pagedattn.kernels.tiling import AttentionTiling, choose_launch, choose_tiling
+from pagedattn.kernels.tiling import FINE_CHUNK, MIN_CHUNK, AttentionTiling, choose_launch, choose_tiling, chunk_of
 from tests.device import DEVICE
 
 
@@ -20,8 +20,8 @@ def make_plan(
     seq_lens: list[int], query_lens: list[int], tiling: AttentionTiling, sliding_window: int | None
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:
     items = torch.full((tiling.max_items, 8), -7, dtype=torch.int32)
-    merges = torch.full((tiling.max_merges, 2), -7, dtype=torch.int32)
-    counts = torch.full((4 + tiling.max_merges * 2,), -7, dtype=torch.int32)
+    merges = torch.full((tiling.max_merges, 4), -7, dtype=torch.int32)
+    counts = torch.full((tiling.num_counts,), -7, dtype=torch.int32)
     starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
     lengths = torch.tensor(seq_lens, dtype=torch.int32)
     plan_reference.plan_attention(lengths, starts, items, merges, counts, tiling=tiling, sliding_window=sliding_window)
@@ -33,9 +33,10 @@ def make_plan(
     lengths=st.lists(st.tuples(st.integers(0, 40_000), st.integers(0, 600)), min_size=1, max_size=20),
     group=st.sampled_from([1, 2, 3, 4, 7, 8, 16, 20, 128]),
     num_kv_heads=st.sampled_from([1, 3, 8]),
-    head_size=st.sampled_from([64, 128, 256]),
+    head_size=st.sampled_from([64, 128, 256, 512]),
     sliding_window=st.none() | st.integers(1, 5000),
     programs=st.sampled_from([1, 8, 216, 264]),
+    batch_invariant=st.booleans(),
 )
 def test_plan_covers_every_key_once_within_its_bounds(
     lengths: list[tuple[int, int]],
@@ -44,58 +45,80 @@ def test_plan_covers_every_key_once_within_its_bounds(
     head_size: int,
     sliding_window: int | None,
     programs: int,
+    batch_invariant: bool,
 ) -> None:
     seq_lens, query_lens = [n for n, _ in lengths], [q for _, q in lengths]
     tiling = choose_tiling(
         num_heads=group * num_kv_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
+        head_size_v=head_size,
         max_query_len=max(1, *query_lens, 1),
         max_seq_len=max(seq_lens),
         num_seqs=len(seq_lens),
         programs=programs,
+        batch_invariant=batch_invariant,
     )
+    assert tiling.queries_per_tile * tiling.heads_per_tile <= tiling.rows
+    assert tiling.head_tiles * tiling.heads_per_tile >= group * num_kv_heads
     items, merges, counts = make_plan(seq_lens, query_lens, tiling, sliding_window)
     assert counts[0] <= tiling.max_items
     assert counts[1] <= tiling.max_merges
     assert counts[2] == sum(query_lens)
-    slots = sorted(item[6] for item in items if item[6] >= 0)
-    assert slots == list(range(len(slots)))
-    assert len(slots) <= tiling.max_slots
-    assert sorted(slot for first, count in merges for slot in range(first, first + count)) == slots
     first_row = dict(zip(range(len(seq_lens)), [sum(query_lens[:i]) for i in range(len(seq_lens))], strict=True))
-    spans: dict[int, list[tuple[int, int]]] = {}
-    for sequence, row, queries, position, begin, end, slot, merge in items:
-        length = seq_lens[sequence]
-        assert slot in range(merges[merge][0], sum(merges[merge])) if slot >= 0 else merge == -1
-        assert position == length - query_lens[sequence] + row - first_row[sequence]
-        assert 1 <= queries <= tiling.queries_per_tile
-        spans.setdefault(row, []).append((begin, end))
-        if begin < end:
-            assert end - begin <= counts[3]
     rows = {row for item in items for row in range(item[1], item[1] + item[2])}
     assert rows == set(range(sum(query_lens)))
-    for sequence, row, queries, position, *_ in items:
+    tiles: dict[int, list[list[int]]] = {}
+    for item in items:
+        tiles.setdefault(item[1], []).append(item)
+    written: list[int] = []  # slots, over all tiles
+    for parts in tiles.values():
+        sequence, row, queries, position, *_, merge = parts[0]
+        assert position == seq_lens[sequence] - query_lens[sequence] + row - first_row[sequence]
+        assert 1 <= queries <= tiling.queries_per_tile
         window = sliding_window if sliding_window is not None else 1 << 30
         first_key = max(0, position - window + 1)
         last_key = min(seq_lens[sequence], position + queries - 1 + window)
-        pieces = sorted(piece for piece in spans[row] if piece[0] < piece[1])
+        pieces = sorted((item[4], item[5], item[6]) for item in parts if item[4] < item[5])
         if first_key < last_key:
-            assert pieces[0][0] == first_key
-            assert pieces[-1][1] == last_key
+            assert (pieces[0][0], pieces[-1][1]) == (first_key, last_key)
             assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
         else:
             assert not pieces
+        if merge < 0:
+            assert len(parts) == 1
+            assert parts[0][6] == -1
+            continue
+        slots = list(range(merges[merge][0], merges[merge][0] + merges[merge][1]))
+        assert merges[merge][2] == len(parts)
+        own = []
+        for begin, end, slot in pieces:
+            if batch_invariant:  # one for each chunk, and items end where chunks do
+                assert begin == first_key or begin in CHUNK_BEGINS
+                own += range(slot, slot + chunk_of(end - 1) - chunk_of(begin) + 1)
+            else:
+                assert end - begin <= counts[3]
+        if not batch_invariant:
+            own = [item[6] for item in parts]
+        assert sorted(own) == slots
+        written += own
+    assert len(written) == len(set(written))
+    assert max(written, default=-1) < tiling.max_slots
 
 
+CHUNK_BEGINS = {0, *(p for p in range(1, 60_000) if chunk_of(p) != chunk_of(p - 1))}
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_op_writes_what_the_reference_writes(seed: int) -> None:
+def test_op_writes_what_the_reference_writes(seed: int, batch_invariant: bool) -> None:
     draw = random.Random(seed)
     count = draw.choice([1, 2, 5, 17])
-    seq_lens = [draw.choice([0, 3, 100, 1000, 5000]) for _ in range(count)]
+    seq_lens = [draw.choice([0, 3, 100, 1000, 5000, 12_345, 30_000]) for _ in range(count)]
     query_lens = [draw.choice([0, 1, 1, min(n, 70)]) for n in seq_lens]
     sliding_window = draw.choice([None, None, 10, 300, 10**6])
-    geometry = {"num_heads": 6, "num_kv_heads": 2, "head_size": 64}
+    geometry = {"num_heads": 6, "num_kv_heads": 2, "head_size": 64, "head_size_v": 64}
+    geometry["batch_invariant"] = batch_invariant
     bounds = {"max_query_len": max(1, *query_lens, 1), "max_seq_len": max(1, *seq_lens, 1)}
     plan = pagedattn.plan_attention(
         torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE),
@@ -139,12 +162,22 @@ def test_plan_is_rewritten_in_place() -> None:
 
 @given(
     rows=st.sampled_from([16, 32, 64, 128]),
-    head_size=st.sampled_from([8, 64, 80, 128, 256]),
+    head_size=st.sampled_from([8, 64, 80, 128, 256, 512, 576]),
     itemsize=st.sampled_from([2, 4]),
+    cache_itemsize=st.sampled_from([0.5, 1, None]),
     shared_memory=st.sampled_from([65_536, 101_376, 166_912, 232_448]),
 )
-def test_launch_fits(rows: int, head_size: int, itemsize: int, shared_memory: int) -> None:
-    launch = choose_launch(rows=rows, head_size=head_size, itemsize=itemsize, shared_memory=shared_memory)
+def test_launch_fits(
+    rows: int, head_size: int, itemsize: int, cache_itemsize: float | None, shared_memory: int
+) -> None:
+    launch = choose_launch(
+        rows=rows,
+        head_size=head_size,
+        head_size_v=min(head_size, 512),
+        itemsize=itemsize,
+        cache_itemsize=cache_itemsize or itemsize,
+        shared_memory=shared_memory,
+    )
     assert launch.num_stages >= 1
     assert launch.num_warps in (4, 8)
-    assert 128 % launch.block_n == 0  # a chunk is a whole number of iterations
+    assert MIN_CHUNK % launch.block_n == FINE_CHUNK % launch.block_n == 0  # a whole number of iterations

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pagedattn
-from tests.device import DEVICE, DTYPES, IS_CUDA, RUNS_TRITON
+from tests.device import DEVICE, DTYPES, IS_CUDA
 from tests.kernels.cases import build_case
 from tests.kernels.oracle import AttentionCase
 
@@ -68,7 +68,7 @@ def rope_inputs() -> dict[str, Any]:
 def attention_arguments(case: AttentionCase, plan: pagedattn.AttentionPlan | None) -> tuple[Any, ...]:
     max_seq_len = case.block_table.shape[1] * case.key_cache.shape[1]
     tensors = None if plan is None else plan.tensors
-    return (*case.arguments(), case.max_query_len, max_seq_len, 0.2, True, *[None] * 9, tensors)
+    return (*case.arguments(), case.max_query_len, max_seq_len, 0.2, True, *[None] * 9, tensors, False)
 
 
 def finite(case: AttentionCase) -> AttentionCase:
@@ -91,7 +91,7 @@ def test_opcheck_paged_attention(planned: bool) -> None:
 
 def test_opcheck_plan() -> None:
     case = make_case()
-    arguments = (4, 2, 32, case.max_query_len, 320, None)
+    arguments = (4, 2, 32, 32, case.max_query_len, 320, None, False)
     # What lies past the counts is not written, so the buffers of two runs are not equal there.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
@@ -332,8 +332,10 @@ def test_bad_calls_of_the_other_ops() -> None:
         make_plan(case, num_heads=3)
     with pytest.raises(ValueError, match=r"^head_size: got head size 12"):
         make_plan(case, head_size=12)
-    with pytest.raises(NotImplementedError, match="batch_invariant"):
-        make_plan(case, batch_invariant=True)
+    with pytest.raises(ValueError, match=r"^head_size_v: got head size 576"):
+        make_plan(case, head_size_v=576)
+    with pytest.raises(TypeError, match=r"^batch_invariant: "):
+        make_plan(case, batch_invariant=1)
     with pytest.raises(TypeError, match=r"^dtype: "):
         pagedattn.gather_kv(*case.arguments()[1:5], max_seq_len=320, dtype="half")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^block_mapping: "):
@@ -343,36 +345,6 @@ def test_bad_calls_of_the_other_ops() -> None:
     part = torch.zeros(2, 4, 8, device=DEVICE)
     with pytest.raises(ValueError, match=r"^lse_b: "):
         pagedattn.merge_attention_states(part, part[..., 0], part, part)
-
-
-@pytest.mark.parametrize(
-    "feature", ["softcap", "attention_chunk", "alibi_slopes", "sinks", "tree_mask", "k_scale", "head_size"]
-)
-def test_features_the_kernels_do_not_have_raise_by_name(feature: str) -> None:
-    """Under the kernels NotImplementedError says which; the reference, which has them all, just works."""
-    options: dict[str, Any] = {
-        "softcap": 2.0,
-        "attention_chunk": 8,
-        "alibi_slopes": torch.ones(4, device=DEVICE),
-        "sinks": torch.ones(4, device=DEVICE),
-        "tree_mask": torch.ones(5, 4, dtype=torch.bool, device=DEVICE),
-        "k_scale": torch.ones((), device=DEVICE),
-    }
-    case = make_case()
-    if feature == "head_size":
-        case.query, case.key_cache, case.value_cache = (
-            torch.zeros(*t.shape[:-1], 512, dtype=t.dtype, device=DEVICE) for t in case.arguments()[:3]
-        )
-    given = {feature: options[feature]} if feature in options else {}
-
-    def call() -> None:
-        pagedattn.paged_attention(*case.arguments(), max_query_len=case.max_query_len, **given)
-
-    if RUNS_TRITON:
-        with pytest.raises(NotImplementedError, match=feature):
-            call()
-    else:
-        call()
 
 
 def test_value_checks(monkeypatch: pytest.MonkeyPatch) -> None:
