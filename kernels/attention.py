@@ -115,7 +115,18 @@ def load_scale(scale_ptr, kv_head, MODE: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    return 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+    """Within 2e-7 everywhere, and relatively so near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
+
+    The minimax polynomial is that of Cephes (Moshier, 1989).
+    """
+    square = x * x
+    near = square * -5.70498872745e-3 + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = near * square - 3.33332819422e-1
+    near = near * square * x + x
+    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+    return tl.where(square < 0.390625, near, far)
 
 
 @triton.jit
@@ -705,10 +716,11 @@ class HeadSizes:
     value_padded: int
 
     @classmethod
-    def of(cls, head_size: int, head_size_v: int) -> HeadSizes:
+    def of(cls, head_size: int, head_size_v: int, is_int4: bool) -> HeadSizes:
+        """Of int4, heads are held as at least 32: Triton 3.6 unpacks tiles of 8 bytes a row wrongly."""
         rest = 64 if head_size == 576 else 0
-        key = head_size - rest
-        return cls(key, max(16, next_power_of_2(key)), rest, head_size_v, max(16, next_power_of_2(head_size_v)))
+        key, least = head_size - rest, 32 if is_int4 else 16
+        return cls(key, max(least, next_power_of_2(key)), rest, head_size_v, max(least, next_power_of_2(head_size_v)))
 
 
 @dataclass(frozen=True)
@@ -747,7 +759,7 @@ class PreparedAttention:
         device = query.device
         num_tokens, num_heads, head_size = query.shape
         num_kv_heads, head_size_v = key_cache.shape[2], out.shape[2]
-        heads = HeadSizes.of(head_size, head_size_v)
+        heads = HeadSizes.of(head_size, head_size_v, key_cache.dtype == torch.uint8)
         launch = choose_launch(
             rows=tiling.rows,
             head_size=head_size,

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import torch
@@ -522,7 +522,7 @@ def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, options, out, lse)
     if len(_prepared) >= MAX_PREPARED:
         _prepared.clear()
-    _prepared[_fingerprint(call, out, lse)] = prepared
+    _prepared[_fingerprint(call, (*map(_metadata, plan),), out, lse)] = prepared
     prepared(*call[:4], call.query_start_loc, plan, *call[13:19], out, lse)
 
 
@@ -536,6 +536,7 @@ def _is_plain(tensor: Tensor) -> bool:
     """Nothing has to see the op: no compiler, mode, transform or profiler, and an ordinary tensor."""
     return (
         tensor.__class__ is Tensor
+        and tensor.is_cuda
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -549,19 +550,29 @@ def _records_grad(*tensors: Tensor | None) -> bool:
 
 
 def _metadata(tensor: Tensor | None) -> Any:
-    return tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
 
 
-def _fingerprint(call: _Attention | tuple[Any, ...], out: Tensor | None, lse: Tensor | None) -> tuple[Any, ...]:
-    """All that the checks and the launch depend on. What passed once passes again."""
-    plan = call[19]
+def _fingerprint(call: _Attention | tuple[Any, ...], plan: Any, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
+    """All that the checks and the launch depend on. What passed once passes again. plan: its tensors' metadata."""
+    query, key_cache, value_cache, block_table, seq_lens, query_start_loc = call[:6]
     return (
-        *call[6:13], call[20], *map(_metadata, call[:6]), *map(_metadata, call[13:19]),
-        None if plan is None else (*map(_metadata, plan),), _metadata(out), lse is None,
+        call[6:13], call[20], plan, lse is None,
+        query.shape, query.stride(), query.dtype, query.get_device(),
+        key_cache.shape, key_cache.stride(), key_cache.dtype, key_cache.get_device(),
+        value_cache.shape, value_cache.stride(), value_cache.dtype, value_cache.get_device(),
+        block_table.shape, block_table.stride(), block_table.dtype, block_table.get_device(),
+        seq_lens.shape, seq_lens.stride(), seq_lens.dtype, seq_lens.get_device(),
+        query_start_loc.shape, query_start_loc.stride(), query_start_loc.dtype, query_start_loc.get_device(),
+        out.shape, out.stride(), out.dtype, out.get_device(),
+        (*map(_metadata, call[13:19]),),
     )  # fmt: skip
 
 
-def _attend_again(call: tuple[Any, ...], out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None] | None:
+
+def _attend_again(
+    call: tuple[Any, ...], plan: AttentionPlan, out: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
     """Run a call whose like has passed all checks before; None if there was none."""
     query, value_cache = call[0], call[2]
     device, shape = query.device, query.shape
@@ -569,7 +580,7 @@ def _attend_again(call: tuple[Any, ...], out: Tensor | None, return_lse: bool) -
         dtype = query.dtype if query.dtype in _FLOAT_DTYPES else torch.bfloat16
         out = torch.empty((*shape[:2], _head_size(value_cache)), dtype=dtype, device=device)
     lse = torch.empty(shape[:2], dtype=torch.float32, device=device) if return_lse else None
-    prepared = _prepared.get(_fingerprint(call, out, lse))
+    prepared = _prepared.get(_fingerprint(call, plan.metadata, out, lse))
     if prepared is None or _records_grad(*call[:3], call[13], call[14], out):
         return None
     prepared(*call[:4], call[5], call[19], *call[13:19], out, lse)
@@ -904,6 +915,11 @@ class AttentionPlan:
     def tensors(self) -> list[Tensor]:
         return [self.items, self.merges, self.counts]
 
+    @cached_property
+    def metadata(self) -> tuple[Any, ...]:
+        """Shapes, strides, dtypes and devices of the tensors."""
+        return (*map(_metadata, self.tensors),)
+
 
 GEOMETRY = (
     "num_heads, num_kv_heads, head_size, head_size_v, block_size, max_query_len, max_seq_len, sliding_window, "
@@ -1101,7 +1117,7 @@ def paged_attention(
         ):  # fmt: skip
             raise ValueError(f"plan: got one for ({GEOMETRY}) = {plan.geometry}; must be for this call's")
         if plan is not None and not torch.compiler.is_compiling() and _is_plain(query):
-            again = _attend_again(arguments, out, return_lse)
+            again = _attend_again(arguments, plan, out, return_lse)
             if again is not None:
                 return again if return_lse else again[0]  # type: ignore[return-value]
         if out is None:

@@ -1,9 +1,9 @@
-"""Run kernel tests under compute-sanitizer's memcheck, and show that the same command catches a planted fault.
+"""Run kernel tests under compute-sanitizer, and show that each of its tools catches a planted fault.
 
-    python -m tests.sanitizer [pytest arguments]
+    python -m tests.sanitizer [memcheck] [racecheck] [initcheck]
 
-Without arguments: a subset of the kernel tests that launches every kernel. torch's allocator hands out slices of large
-blocks, which hides accesses out of bounds, so its caching is turned off.
+Without arguments: all three. A subset of the kernel tests that launches every kernel in each of its forms. torch's
+allocator hands out slices of large blocks, which hides accesses out of bounds, so its caching is turned off.
 """
 
 from __future__ import annotations
@@ -12,27 +12,37 @@ import os
 import subprocess
 import sys
 
-COMMAND = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+FAULTS = {"memcheck": "bounds", "racecheck": "race", "initcheck": "uninitialized"}
+CAUGHT = 9
 SUBSET = (
-    "tests/kernels/test_cache.py",
+    "tests/kernels/test_cache.py::test_append",
+    "tests/kernels/test_cache.py::test_rope_append",
+    "tests/kernels/test_cache.py::test_quantized_rope_append",
+    "tests/kernels/test_cache.py::test_gather_reads_what_append_wrote",
+    "tests/kernels/test_cache.py::test_copy_reads_before_it_writes",
+    "tests/kernels/test_cache.py::test_merge_of_parts_is_the_whole",
     "tests/kernels/test_plan.py::test_op_writes_what_the_reference_writes",
     "tests/kernels/test_attention.py::test_long_sequence_among_short_ones_is_split",
-    *(f"tests/kernels/test_attention.py::test_drawn_configurations[{seed}]" for seed in range(24)),
+    *(f"tests/kernels/test_attention.py::test_drawn_configurations[{number}]" for number in range(24)),
 )
 
 
-def run(*module: str) -> int:
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    print("$ PYTORCH_NO_CUDA_MEMORY_CACHING=1", *COMMAND, "python -m", *module[:8], flush=True)
-    return subprocess.run([*COMMAND, sys.executable, "-m", *module], env=environment, check=False).returncode
+def run(tool: str, *module: str) -> int:
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", str(CAUGHT), sys.executable, "-m", *module)
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PAGEDATTN_DRAWS": "1"}
+    print("$ PYTORCH_NO_CUDA_MEMORY_CACHING=1", *command[:9], flush=True)
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
-def main() -> int:
-    clean = run("pytest", "-q", "-p", "no:cacheprovider", *(sys.argv[1:] or SUBSET))
-    planted = run("tests.planted_fault")
-    print(f"kernel tests: exit {clean} (0: clean); planted fault: exit {planted} (9: caught)")
-    return 0 if clean == 0 and planted == 9 else 1
+def main(tools: list[str]) -> int:
+    outcomes = []
+    for tool in tools or FAULTS:
+        clean = run(tool, "pytest", "-q", "-p", "no:cacheprovider", *SUBSET)
+        planted = run(tool, "tests.planted_fault", FAULTS[tool])
+        outcomes.append(clean == 0 and planted == CAUGHT)
+        print(f"{tool}: kernel tests exit {clean} (0: clean); planted fault exit {planted} ({CAUGHT}: caught)", flush=True)
+    return 0 if all(outcomes) else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

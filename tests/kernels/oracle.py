@@ -106,13 +106,14 @@ def _attention(case: AttentionCase, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     scale = options["scale"] if options.get("scale") is not None else head_size**-0.5
     for sequence in range(len(case.seq_lens)):
         begin, end = int(case.query_start_loc[sequence]), int(case.query_start_loc[sequence + 1])
-        keys, values = (t.repeat_interleave(num_heads // num_kv_heads, 1) for t in sequence_kv(case, sequence))
-        length = len(keys)
+        keys, values = sequence_kv(case, sequence)
+        length, group = len(keys), num_heads // num_kv_heads
         query = case.query[begin:end].double()
         if options.get("q_scale") is not None:
             q_scale = options["q_scale"].double().expand(num_kv_heads).repeat_interleave(num_heads // num_kv_heads)
             query = query * q_scale[:, None]
-        logits = torch.einsum("qhd,khd->hqk", query.to(dtype), keys.to(dtype)) * scale
+        grouped = query.to(dtype).unflatten(1, (num_kv_heads, group))
+        logits = torch.einsum("qhgd,khd->hgqk", grouped, keys.to(dtype)).flatten(0, 1) * scale
         if options.get("softcap") is not None:
             logits = options["softcap"] * torch.tanh(logits / options["softcap"])
         position = torch.arange(length - (end - begin), length, device=device)
@@ -124,6 +125,7 @@ def _attention(case: AttentionCase, dtype: torch.dtype) -> tuple[Tensor, Tensor]
             sinks = options["sinks"].to(dtype)[:, None, None].expand(-1, end - begin, 1)
             logits = torch.cat((logits, sinks.masked_fill((position < 0)[:, None], -math.inf)), -1)
         probabilities = torch.softmax(logits, -1).nan_to_num(0.0)[..., :length]  # no visible key: 0 / 0
-        out[begin:end] = torch.einsum("hqk,khd->qhd", probabilities, values.to(dtype)).double()
+        probabilities = probabilities.unflatten(0, (num_kv_heads, group))
+        out[begin:end] = torch.einsum("hgqk,khd->qhgd", probabilities, values.to(dtype)).flatten(1, 2).double()
         lse[begin:end] = torch.logsumexp(logits, -1).double().T
     return out, lse

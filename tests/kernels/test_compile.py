@@ -91,7 +91,8 @@ def test_attention_compiles(capability: int, dtype: torch.dtype) -> None:
         for max_query_len in (1, 512):
             if capability not in (80, 90) and (number + (max_query_len > 1)) % 2:
                 continue  # the other chips take turns with decodes and prefills
-            compile_attention(paged_attention_kernel, HeadSizes.of(*variant.head), capability, dtype, variant, max_query_len)
+            heads = HeadSizes.of(*variant.head, variant.cache == torch.uint8)
+            compile_attention(paged_attention_kernel, heads, capability, dtype, variant, max_query_len)
 
 
 def compile_attention(
