@@ -1,8 +1,8 @@
-"""Writes the README's tables of results from the committed JSON, so that no figure is typed.
+"""Writes the tables of results in the README and docs from the committed JSON, so that no figure is typed.
 
     python -m benchmarks.report [--check]
 
-Each block of the README between ``<!-- results:NAME -->`` and ``<!-- /results -->`` is made from
+Each block of a page between ``<!-- results:NAME -->`` and ``<!-- /results -->`` is made from
 ``benchmarks/results/NAME.json``. With ``--check`` nothing is written, and the exit status is 1 when a block is not what
 its file gives.
 """
@@ -48,7 +48,21 @@ def engine_block(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {"engine-cpu": engine_block}
+def kv_quantization_block(document: dict[str, Any]) -> str:
+    """The accuracy of quantized caches in Markdown."""
+    lines = ["| cache | scales | perplexity | greedy agreement |", "|---|---|---:|---:|"]
+    lines += [
+        f"| {row['cache']} | {row['scales']} | {row['perplexity']:.3f} | {row['agreement']:.2%} |"
+        for row in document["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "engine-cpu": engine_block,
+    "kv-quantization": kv_quantization_block,
+}
+PAGES = ("README.md", "docs/kernel-notes.md")
 
 
 def updated(readme: str, results: Path) -> str:
@@ -68,17 +82,18 @@ def updated(readme: str, results: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the README is stale")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is stale")
     parsed = parser.parse_args(arguments)
-    before = parsed.readme.read_text(encoding="utf-8")
-    after = updated(before, ROOT / "benchmarks" / "results")
-    if parsed.check:
-        if before != after:
-            print(f"{parsed.readme} is stale: run python -m benchmarks.report", file=sys.stderr)
-        return int(before != after)
-    parsed.readme.write_text(after, encoding="utf-8")
-    return 0
+    stale = False
+    for page in (ROOT / name for name in PAGES):
+        before = page.read_text(encoding="utf-8")
+        after = updated(before, ROOT / "benchmarks" / "results")
+        if parsed.check and before != after:
+            print(f"{page} is stale: run python -m benchmarks.report", file=sys.stderr)
+            stale = True
+        elif not parsed.check:
+            page.write_text(after, encoding="utf-8")
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pagedattn.engine.batch import BatchTensors
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # as checkpoints name them
+QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)  # of caches; uint8 is int4
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "per_frequency")
 
 
@@ -160,11 +161,21 @@ class ModelConfig:
             raise ValueError(f"sliding_window is {self.sliding_window}; it must be None or at least 1")
 
 
+class LayerCache(NamedTuple):
+    """One layer's caches ``[num_blocks, block_size, num_kv_heads, head_size]`` and, if quantized, their scales."""
+
+    key: Tensor
+    value: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
 class KVCache:
     """Keys and values of every layer in blocks of ``block_size`` token slots.
 
-    ``layers[i]`` is ``(key_cache, value_cache)``, each ``[num_blocks, block_size, num_kv_heads, head_size]``. Slots are
-    left as allocated: no op lets what a slot past a sequence's length holds change a result.
+    A quantized ``dtype`` (float8_e4m3fn, float8_e5m2, int8, or uint8 for int4) gives each token and head a scale of its
+    own, written as it is appended; ``layers`` may be replaced by others with scales per tensor or head. Slots are left
+    as allocated: no op lets what a slot past a sequence's length holds change a result.
     """
 
     def __init__(
@@ -175,9 +186,13 @@ class KVCache:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_size)
-        storage = torch.empty(shape, dtype=dtype, device=device)
-        self.layers: list[tuple[Tensor, Tensor]] = [(keys, values) for keys, values in storage]
+        stored = config.head_size // 2 if dtype == torch.uint8 else config.head_size
+        slots = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads)
+        storage = torch.empty((*slots, stored), dtype=dtype, device=device)
+        self.layers = [LayerCache(keys, values) for keys, values in storage]
+        if dtype in QUANTIZED_DTYPES:
+            scales = torch.empty(slots, dtype=torch.float32, device=device)
+            self.layers = [LayerCache(*layer[:2], *scale) for layer, scale in zip(self.layers, scales, strict=True)]
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -272,7 +287,8 @@ class Decoder:
 
         Args:
             batch: ``T`` tokens of ``B`` sequences; rows past ``query_start_loc[B]`` are padding (slot -1).
-            cache: where the step's keys and values go and the earlier ones are; same dtype and device as the decoder.
+            cache: where the step's keys and values go and the earlier ones are; on the decoder's device, of its dtype
+                or quantized.
 
         Returns:
             fp32 ``[L, vocab_size]``, the logits of the rows ``batch.logits_indices``.
@@ -290,8 +306,8 @@ class Decoder:
             sliding_window=config.sliding_window,
         )
         hidden = F.embedding(batch.input_ids, self.embedding)  # [T, hidden], the residual stream, updated in place
-        for layer, (key_cache, value_cache) in zip(self.layers, cache.layers, strict=True):
-            self._add_attention(hidden, layer, batch, plan, key_cache, value_cache)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            self._add_attention(hidden, layer, batch, plan, layer_cache)
             self._add_mlp(hidden, layer)
         hidden = self._norm(hidden.index_select(0, batch.logits_indices), self.final_norm)
         return F.linear(hidden, self.lm_head).float()
@@ -302,8 +318,7 @@ class Decoder:
         layer: DecoderLayer,
         batch: BatchTensors,
         plan: ops.AttentionPlan,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        cache: LayerCache,
     ) -> None:
         config = self.config
         normed = self._norm(hidden, layer.attention_norm)
@@ -318,21 +333,25 @@ class Decoder:
             value,
             self.cos_sin,
             batch.positions,
-            key_cache,
-            value_cache,
+            cache.key,
+            cache.value,
             batch.slot_mapping,
             rotary_dim=config.rope.rotary_dim,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
         )
         attended = ops.paged_attention(
             query,
-            key_cache,
-            value_cache,
+            cache.key,
+            cache.value,
             batch.block_table,
             batch.seq_lens,
             batch.query_start_loc,
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
             sliding_window=config.sliding_window,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
             plan=plan,
         )
         hidden.addmm_(attended.flatten(1), layer.output.t())

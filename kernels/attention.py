@@ -191,9 +191,9 @@ def attend_keys(
 ):
     """Fold keys begin..end into the running softmax of a tile. Without IS_MASKED every row sees every one of them.
 
-    keys, values: (pointer, strides of block and slot, scale pointer, its strides). visible: (first key, end key, position
-    of the first query token, window, attention chunk). factors: (what a logit is scaled by, softcap * log2(e)). KEYS,
-    VALUES: (DIM, DIM_PADDED, REST, FORMAT, scale mode). FEATURES: (window, chunk, softcap, ALiBi, tree).
+    keys, values: (pointer, strides of block and slot, scale pointer, its strides). visible: (first key, end key,
+    position of the first query token, window, attention chunk). factors: (logit scale, softcap * log2(e)).
+    KEYS, VALUES: (DIM, DIM_PADDED, REST, FORMAT, scale mode). FEATURES: (window, chunk, softcap, ALiBi, tree).
     """
     key_ptr, stride_key_block, stride_key_slot, k_scale_ptr, stride_k_scale_block, stride_k_scale_slot = keys
     value_ptr, stride_value_block, stride_value_slot, v_scale_ptr, stride_v_scale_block, stride_v_scale_slot = values
@@ -580,7 +580,7 @@ def paged_attention_kernel(
         tree_row_ptr = tree_mask_ptr
         origin = first_position
         if HAS_TREE:
-            tree_row_ptr += row_token.to(tl.int64) * stride_tree_token
+            tree_row_ptr += tl.where(row_exists, row_token, first_row).to(tl.int64) * stride_tree_token
             origin -= first_row - tl.load(query_start_loc_ptr + sequence)
 
         table_ptr = block_table_ptr + sequence.to(tl.int64) * stride_table_sequence

@@ -196,9 +196,7 @@ def _cut_tiles(
 ) -> Iterator[Tile]:
     """Tiles of up to ``tile_queries``; if aligned they end where the position is a multiple of it."""
     window, chunk = visibility.sliding_window, visibility.attention_chunk
-    for sequence, (seq_len, (begin, end)) in enumerate(
-        zip(seq_lens, itertools.pairwise(query_start_loc), strict=True)
-    ):
+    for sequence, (seq_len, (begin, end)) in enumerate(zip(seq_lens, itertools.pairwise(query_start_loc), strict=True)):
         origin = seq_len - (end - begin)
         row = begin + max(0, -origin)  # positions below 0 have no result
         while row < end:
@@ -241,9 +239,7 @@ def _columns(tiles: list[Tile]) -> Tensor:
     return torch.tensor(columns).T[:, :, None]
 
 
-def _make_group(
-    tiles: list[Tile], block_size: int, num_heads: int, kv_elements: int, visibility: Visibility
-) -> Group:
+def _make_group(tiles: list[Tile], block_size: int, num_heads: int, kv_elements: int, visibility: Visibility) -> Group:
     sequence, row, position, origin, first_key, end_key = _columns(tiles)
     queries = tiles[0].queries
     steps = torch.arange(queries)
@@ -279,9 +275,7 @@ def _make_invariant_group(tiles: list[Tile], block_size: int, visibility: Visibi
         for number in range(max(tile.num_chunks for tile in tiles))
     )  # fmt: skip
     kept = exists.nonzero()[:, 0]
-    return Group(
-        INVARIANT_QUERIES, sequence, rows, kept, rows[kept], query_position, origin[:, :, None], chunks
-    )
+    return Group(INVARIANT_QUERIES, sequence, rows, kept, rows[kept], query_position, origin[:, :, None], chunks)
 
 
 def _make_chunk(

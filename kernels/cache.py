@@ -292,9 +292,7 @@ class PreparedAppend:
         """Rotate query in place if there is one, and store each token's key and value in its slot."""
         if self._is_float8:
             key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
-        self._launch(
-            (query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale)
-        )
+        self._launch((query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale))
 
 
 def _token_strides(scale: Tensor | None) -> tuple[int, ...]:

@@ -100,9 +100,7 @@ def _span(seq_len: int, query_len: int, queries_per_tile: int, sliding_window: i
     return min(seq_len - first_key, 2 * sliding_window + queries_per_tile)
 
 
-def _parts(
-    seq_len: int, span: int, chunk: int, batch_invariant: bool, sliding_window: int | None
-) -> tuple[int, int]:
+def _parts(seq_len: int, span: int, chunk: int, batch_invariant: bool, sliding_window: int | None) -> tuple[int, int]:
     """How many items and slots each tile of a sequence has when it is split."""
     if not batch_invariant:
         parts = max(1, ceil_div(span, chunk))

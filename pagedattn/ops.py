@@ -384,9 +384,7 @@ def _plan_attention_out(
     sliding_window: int | None,
     batch_invariant: bool,
 ) -> None:
-    geometry = _Geometry(
-        num_heads, num_kv_heads, head_size, head_size_v, max_query_len, max_seq_len, batch_invariant
-    )
+    geometry = _Geometry(num_heads, num_kv_heads, head_size, head_size_v, max_query_len, max_seq_len, batch_invariant)
     _check_plan(seq_lens, query_start_loc, geometry)
     tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
     if not _fits_plan(tiling, items, merges, counts):
@@ -426,9 +424,7 @@ def _plan_attention_fake(
     sliding_window: int | None,
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = _Geometry(
-        num_heads, num_kv_heads, head_size, head_size_v, max_query_len, max_seq_len, batch_invariant
-    )
+    geometry = _Geometry(num_heads, num_kv_heads, head_size, head_size_v, max_query_len, max_seq_len, batch_invariant)
     _check_plan(seq_lens, query_start_loc, geometry)
     return _plan_buffers(_tiling(geometry, seq_lens.shape[0], seq_lens.device), seq_lens)
 
@@ -517,12 +513,13 @@ def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     tiling = _cached_tiling(_Geometry(*sizes, call.batch_invariant), num_seqs, query.device)
     if len(plan) != 3 or not _fits_plan(tiling, *plan):
         _fail("plan", plan[0], f"made for these {num_seqs} sequences and this geometry")
-    window = _window(call.sliding_window, call.max_seq_len)
-    options = AttentionOptions(call.scale, call.causal, window, *call[11:19])
-    prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, options, out, lse)
-    if len(_prepared) >= MAX_PREPARED:
-        _prepared.clear()
-    _prepared[_fingerprint(call, (*map(_metadata, plan),), out, lse)] = prepared
+    fingerprint = _fingerprint(call, (*map(_metadata, plan),), out, lse)
+    prepared = _prepared.get(fingerprint)
+    if prepared is None:
+        window = _window(call.sliding_window, call.max_seq_len)
+        options = AttentionOptions(call.scale, call.causal, window, *call[11:19])
+        prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, options, out, lse)
+        _remember(fingerprint, prepared)
     prepared(*call[:4], call.query_start_loc, plan, *call[13:19], out, lse)
 
 
@@ -530,6 +527,12 @@ def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
 
 MAX_PREPARED = 4096  # calls remembered; a decode loop makes a new one each time that a bound or a batch size changes
 _prepared: dict[Any, Any] = {}
+
+
+def _remember(fingerprint: tuple[Any, ...], prepared: Any) -> None:
+    if len(_prepared) >= MAX_PREPARED:
+        _prepared.clear()
+    _prepared[fingerprint] = prepared
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -569,7 +572,6 @@ def _fingerprint(call: _Attention | tuple[Any, ...], plan: Any, out: Tensor, lse
     )  # fmt: skip
 
 
-
 def _attend_again(
     call: tuple[Any, ...], plan: AttentionPlan, out: Tensor | None, return_lse: bool
 ) -> tuple[Tensor, Tensor | None] | None:
@@ -607,20 +609,20 @@ def _append_kv(
     _append_triton((None, key, value, None, None, key_cache, value_cache, slot_mapping, k_scale, v_scale), False)
 
 
-def _append_triton(tensors: tuple[Tensor | None, ...], interleaved: bool) -> None:
+def _append_triton(tensors: tuple[Any, ...], interleaved: bool) -> None:
     """tensors: query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale."""
     from pagedattn.kernels.cache import PreparedAppend
 
     query, key, value, cos_sin, _, key_cache, value_cache, _, k_scale, v_scale = tensors
-    assert key is not None and value is not None and key_cache is not None and value_cache is not None
-    prepared = PreparedAppend(query, key, value, cos_sin, key_cache, value_cache, k_scale, v_scale, interleaved)
-    if len(_prepared) >= MAX_PREPARED:
-        _prepared.clear()
-    _prepared[(interleaved, *map(_metadata, tensors))] = prepared
+    fingerprint = (interleaved, *map(_metadata, tensors))
+    prepared = _prepared.get(fingerprint)
+    if prepared is None:
+        prepared = PreparedAppend(query, key, value, cos_sin, key_cache, value_cache, k_scale, v_scale, interleaved)
+        _remember(fingerprint, prepared)
     prepared(*tensors)
 
 
-def _append_again(tensors: tuple[Tensor | None, ...], interleaved: bool) -> bool:
+def _append_again(tensors: tuple[Any, ...], interleaved: bool) -> bool:
     """Run an append whose like has passed all checks before; False if there was none."""
     prepared = _prepared.get((interleaved, *map(_metadata, tensors)))
     if prepared is None or _records_grad(tensors[0], tensors[1], tensors[2], tensors[5], tensors[6]):
@@ -1101,7 +1103,9 @@ def paged_attention(
 
     # The dispatcher checks types anyway, and on a decode's critical path once is enough. What it reports does not name
     # the argument in our terms, so then, and for bool in an int's place, which it takes, types are checked again here.
-    if causal.__class__ is not bool or max_query_len.__class__ is bool or sliding_window.__class__ is bool:
+    flags: tuple[object, ...] = (causal, return_lse)
+    numbers: tuple[object, ...] = (max_query_len, max_seq_len, sliding_window, attention_chunk, scale, softcap)
+    if any(type(flag) is not bool for flag in flags) or any(type(number) is bool for number in numbers):
         check_types()
     try:
         bound = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.geometry[6]

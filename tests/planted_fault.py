@@ -16,7 +16,7 @@ import pagedattn
 
 
 @triton.jit
-def sum_of_unwritten(source_ptr, out_ptr, SIZE: tl.constexpr):
+def sum_of_unwritten(source_ptr, out_ptr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(out_ptr, tl.sum(tl.load(source_ptr + tl.arange(0, SIZE))))
 
 

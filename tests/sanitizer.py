@@ -40,7 +40,9 @@ def main(tools: list[str]) -> int:
         clean = run(tool, "pytest", "-q", "-p", "no:cacheprovider", *SUBSET)
         planted = run(tool, "tests.planted_fault", FAULTS[tool])
         outcomes.append(clean == 0 and planted == CAUGHT)
-        print(f"{tool}: kernel tests exit {clean} (0: clean); planted fault exit {planted} ({CAUGHT}: caught)", flush=True)
+        print(
+            f"{tool}: kernel tests exit {clean} (0: clean); planted fault exit {planted} ({CAUGHT}: caught)", flush=True
+        )
     return 0 if all(outcomes) else 1
 
 

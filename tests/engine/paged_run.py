@@ -19,7 +19,7 @@ class PagedRun:
         order = torch.randperm(num_seqs * blocks_each, generator=torch.Generator().manual_seed(0))
         self.block_table = order.view(num_seqs, blocks_each).int()
         self.cache = KVCache(decoder.config, num_seqs * blocks_each, block_size, decoder.dtype, decoder.device)
-        for keys, values in self.cache.layers:  # what was never written must never count
+        for keys, values, *_ in self.cache.layers:  # what was never written must never count
             keys.fill_(float("nan"))
             values.fill_(float("nan"))
         self.lengths = [0] * num_seqs

@@ -144,7 +144,7 @@ def test_cache_layout_and_size() -> None:
     config = RANDOM_MODELS["random"]
     cache = KVCache(config, num_blocks=5, block_size=8, dtype=torch.bfloat16, device="cpu")
     assert len(cache.layers) == config.num_layers
-    tensors = [tensor for pair in cache.layers for tensor in pair]
+    tensors = [tensor for layer in cache.layers for tensor in layer[:2]]
     assert all(tensor.shape == (5, 8, config.num_kv_heads, config.head_size) for tensor in tensors)
     assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -220,12 +220,15 @@ def draw_case(variant: Variant, seed: int) -> AttentionCase:
     group = int(str(variant["group"]))
     num_kv_heads = 1 if group >= 64 else random.Random(describe(variant)).choice([1, 2, 3])
     num_heads = num_kv_heads * group
+    head = variant["head"]
+    assert isinstance(head, tuple)
+    head_size, head_size_v = head
     seq_lens, query_lens = draw_lengths(variant["kind"], draw)
-    if INTERPRETED and group * int(str(variant["head"][0])) > 4096:  # type: ignore[index]
+    if INTERPRETED and group * head_size > 4096:
         seq_lens, query_lens = seq_lens[:2], query_lens[:2]  # the interpreter takes seconds for these
     # The oracle holds a sequence's logits and its dequantized keys in fp64.
     for index, length in enumerate(seq_lens):
-        length = seq_lens[index] = min(length, 2_000_000 // (num_kv_heads * int(str(variant["head"][0]))))  # type: ignore[index]
+        length = seq_lens[index] = min(length, 2_000_000 // (num_kv_heads * head_size))
         query_lens[index] = min(query_lens[index], max(130, 16_000_000 // (num_heads * max(1, length))))
     options: dict[str, object] = {}
     if variant["mask"] == "full":
@@ -243,7 +246,6 @@ def draw_case(variant: Variant, seed: int) -> AttentionCase:
         options["alibi_slopes"] = torch.rand(num_heads, generator=generator) * draw.choice([0.02, 0.3, 1.0])
     if variant["sinks"]:
         options["sinks"] = torch.randn(num_heads, generator=generator) * draw.choice([1, 4])
-    head_size, head_size_v = variant["head"]  # type: ignore[misc]
     if draw.random() < 0.3:
         options["scale"] = draw.choice([0.1, 1.0, 3.0, -1.0]) * head_size**-0.5
     padding_rows = draw.choice([0, 0, 1, 5, 40])

@@ -184,7 +184,7 @@ def test_expanded_inputs() -> None:
 
 
 def test_nan_in_blocks_of_others_and_behind_the_window() -> None:
-    """Blocks that only others use, and blocks that a window has left behind (freed, perhaps rewritten), never matter."""
+    """Blocks that only others use, and those that a window has left behind (freed, perhaps rewritten), never matter."""
     for batch_invariant in ("given", "batch invariant"):
         case = plain_case(seq_lens=[333], query_lens=[2], padding_rows=0, sliding_window=40)
         left = (333 - 2 - 40 + 1) // 16

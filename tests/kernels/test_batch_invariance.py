@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -19,17 +21,21 @@ LENGTHS = [700, 33, 300] if not IS_CUDA else [3000, 33, 9000, 257, 20_000, 1]
 class Sequences:
     """Sequences with all of their queries, keys and values; ``attend`` runs any chunks of any of them."""
 
-    def __init__(self, dtype: torch.dtype, lengths: list[int], query_len: int, **options: object) -> None:
+    def __init__(self, dtype: torch.dtype, lengths: list[int], query_len: int, **options: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         self.lengths, self.options, self.block_size = lengths, options, 16
         self.blocks = [-(-length // 16) for length in lengths]
         total = sum(self.blocks)
-        self.key_cache, self.value_cache = torch.randn(2, total, 16, 2, 64, generator=generator).to(DEVICE, dtype).unbind()
+        self.key_cache, self.value_cache = (
+            torch.randn(2, total, 16, 2, 64, generator=generator).to(DEVICE, dtype).unbind()
+        )
         self.ids = torch.randperm(total, generator=generator).to(torch.int32).split(self.blocks)
         self.num_queries = [min(query_len, length) for length in lengths]
         self.queries = [torch.randn(n, 6, 64, generator=generator).to(DEVICE, dtype) for n in self.num_queries]
 
-    def attend(self, chunks: list[tuple[int, int, int]], padding_rows: int = 0, extra: int = 0) -> list[tuple[Tensor, Tensor]]:
+    def attend(
+        self, chunks: list[tuple[int, int, int]], padding_rows: int = 0, extra: int = 0
+    ) -> list[tuple[Tensor, Tensor]]:
         """Output and log-sum-exp of (sequence, first, end) of the queries that it has; ``extra``: unused columns."""
         lens = [self.lengths[s] - self.num_queries[s] + end for s, _, end in chunks]
         steps = [end - first for _, first, end in chunks]
@@ -40,7 +46,7 @@ class Sequences:
         query = torch.cat([query, query.new_ones(padding_rows, *query.shape[1:])])
         seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
         starts = torch.tensor([0, *steps], device=DEVICE).cumsum(0).to(torch.int32)
-        bounds = {"max_query_len": max(steps), "max_seq_len": max(lens)}
+        bounds: Any = {"max_query_len": max(steps), "max_seq_len": max(lens)}
         plan = pagedattn.plan_attention(
             seq_lens, starts, num_heads=6, num_kv_heads=2, head_size=64, block_size=16, batch_invariant=True,
             sliding_window=self.options.get("sliding_window"), **bounds,
@@ -49,7 +55,9 @@ class Sequences:
             query, self.key_cache, self.value_cache, table.to(DEVICE), seq_lens, starts,
             plan=plan, return_lse=True, **bounds, **self.options,
         )  # fmt: skip
-        return list(zip(out.split([*steps, padding_rows]), lse.split([*steps, padding_rows]), strict=True))[: len(chunks)]
+        return list(zip(out.split([*steps, padding_rows]), lse.split([*steps, padding_rows]), strict=True))[
+            : len(chunks)
+        ]
 
 
 def assert_same(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -83,6 +91,6 @@ def test_how_a_prefill_is_cut_does_not_show(dtype: torch.dtype) -> None:
     draw = random.Random(0)
     for _ in range(NUM_CUTS):
         cuts = sorted({0, count, *(draw.randrange(1, count) for _ in range(3))})
-        for first, end in zip(cuts, cuts[1:], strict=False):
+        for first, end in itertools.pairwise(cuts):
             out, lse = sequences.attend([(0, first, end)])[0]
             assert_same((out, lse), (whole[0][first:end], whole[1][first:end]))

@@ -162,18 +162,28 @@ def test_the_other_kernels_compile(capability: int) -> None:
     from pagedattn.kernels.plan import plan_attention_kernel
 
     for has_window in (False, True):
-        constants = {"QUERIES_PER_TILE": 4, "HAS_WINDOW": has_window, "BATCH_INVARIANT": has_window, "MIN_CHUNK": 128}
-        constants |= {"CHUNK_ALIGNMENT": 128, "FINE": FINE_CHUNK, "COARSE": COARSE_CHUNK, "FROM": COARSE_FROM}
+        plan_constants = {
+            "QUERIES_PER_TILE": 4,
+            "HAS_WINDOW": has_window,
+            "BATCH_INVARIANT": has_window,
+            "MIN_CHUNK": 128,
+        }
+        plan_constants |= {"CHUNK_ALIGNMENT": 128, "FINE": FINE_CHUNK, "COARSE": COARSE_CHUNK, "FROM": COARSE_FROM}
         pointers = {name: "*i32" for name in plan_attention_kernel.arg_names if name.endswith("_ptr")}
-        compile_kernel(plan_attention_kernel, capability, pointers, {**constants, "NUM_LANES": 256}, num_warps=4)
+        compile_kernel(plan_attention_kernel, capability, pointers, {**plan_constants, "NUM_LANES": 256}, num_warps=4)
     for element in ("*bf16", "*fp32"):
         for rotary_dim, cache_format in ((0, "cast"), (64, "e4m3"), (128, "int4"), (128, "cast"), (64, "int8")):
             stored = {"cast": element, "int8": "*i8"}.get(cache_format, "*u8")
             pointers = {name: element for name in append_kv_kernel.arg_names if name.endswith("_ptr")}
             pointers |= {"cos_sin_ptr": "*fp32", "positions_ptr": "*i64", "slot_mapping_ptr": "*i64"}
-            pointers |= {"key_cache_ptr": stored, "value_cache_ptr": stored, "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"}
+            pointers |= {
+                "key_cache_ptr": stored,
+                "value_cache_ptr": stored,
+                "k_scale_ptr": "*fp32",
+                "v_scale_ptr": "*fp32",
+            }
             padded = 64 if cache_format == "int4" else 128
-            constants = {
+            constants: dict[str, Any] = {
                 "BLOCK_SIZE": 16,
                 "NUM_HEADS": 32,
                 "HEADS_PADDED": 32,

@@ -91,7 +91,7 @@ def test_plan_covers_every_key_once_within_its_bounds(
             continue
         slots = list(range(merges[merge][0], merges[merge][0] + merges[merge][1]))
         assert merges[merge][2] == len(parts)
-        own = []
+        own: list[int] = []
         for begin, end, slot in pieces:
             if batch_invariant:  # one for each chunk, and items end where chunks do
                 assert begin == first_key or begin in CHUNK_BEGINS
