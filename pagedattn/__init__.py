@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pagedattn._version import __version__
+from pagedattn.cascade import shared_prefix_attention
 from pagedattn.ops import (
     AttentionPlan,
     append_kv,
@@ -44,6 +45,7 @@ __all__ = [
     "paged_attention",
     "plan_attention",
     "rope_append_kv",
+    "shared_prefix_attention",
 ]
 
 _LAZY = {
