@@ -7,13 +7,15 @@ when the reader of stdout went away.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pagedattn._version import __version__
 from pagedattn.engine.cli_options import add_model_options, add_sampling_options, describe_error
@@ -118,6 +120,14 @@ def build_parser() -> OneLineParser:
     return parser
 
 
+def _report_unraisable(unraisable: Any) -> None:
+    """A Ctrl-C that arrives inside a finalizer or a callback is dropped by Python there: it comes again."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()  # not at once: this runs inside the finalizer
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status that the module docstring describes."""
     try:
@@ -125,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_request:  # argparse has printed its line, or the help
         return int(exit_request.code or 0)
     module, _, function = arguments.run.partition(":")
+    previous_hook, sys.unraisablehook = sys.unraisablehook, _report_unraisable
     try:
         status: int = getattr(importlib.import_module(module), function)(arguments)
         sys.stdout.flush()
@@ -142,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"pagedattn: error: {describe_error(error)}", file=sys.stderr)
         return EXIT_ERROR
+    finally:
+        sys.unraisablehook = previous_hook
     return status
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,6 +352,25 @@ def test_sigint_ends_a_process_with_130_and_no_traceback() -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert b"Traceback" not in errors
+
+
+def test_interrupt_in_a_finalizer_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python drops what a finalizer raises; the command ends all the same."""
+
+    class Interrupts:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def command(_: object) -> int:
+        del [Interrupts()][0]
+        time.sleep(10)
+        return 0
+
+    monkeypatch.setattr("pagedattn.engine.commands.run_info", command)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "pagedattn: interrupted\n"
 
 
 def test_reader_that_leaves_is_no_error() -> None:

@@ -44,7 +44,9 @@ def arguments() -> tuple[AttentionCase, torch.Tensor]:
     return case, case.block_table[0, :2].clone()
 
 
-@pytest.mark.parametrize(("prefix_len", "error"), [(0, ValueError), (9, ValueError), (2.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("prefix_len", "error"), [(0, ValueError), (9, ValueError), (2.0, TypeError), (True, TypeError)]
+)
 def test_bad_prefix_lengths(prefix_len: object, error: type[Exception]) -> None:
     case, blocks = arguments()
     with pytest.raises(error, match=r"^prefix_len: "):
