@@ -1103,9 +1103,9 @@ def paged_attention(
 
     # The dispatcher checks types anyway, and on a decode's critical path once is enough. What it reports does not name
     # the argument in our terms, so then, and for bool in an int's place, which it takes, types are checked again here.
-    flags: tuple[object, ...] = (causal, return_lse)
-    numbers: tuple[object, ...] = (max_query_len, max_seq_len, sliding_window, attention_chunk, scale, softcap)
-    if any(type(flag) is not bool for flag in flags) or any(type(number) is bool for number in numbers):
+    numbers: tuple[type, ...] = (type(max_query_len), type(max_seq_len), type(sliding_window), type(attention_chunk))
+    numbers = (*numbers, type(scale), type(softcap))
+    if bool in numbers or type(causal) is not bool or type(return_lse) is not bool:
         check_types()
     try:
         bound = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.geometry[6]

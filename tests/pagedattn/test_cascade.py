@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def arguments() -> tuple[AttentionCase, torch.Tensor]:
 )
 def test_bad_prefix_lengths(prefix_len: object, error: type[Exception]) -> None:
     case, blocks = arguments()
+    query, key_cache, value_cache, table, seq_lens, starts = case.arguments()
+    call: Any = pagedattn.shared_prefix_attention
     with pytest.raises(error, match=r"^prefix_len: "):
-        pagedattn.shared_prefix_attention(
-            *case.arguments()[:3], blocks, prefix_len, *case.arguments()[3:], max_query_len=1
-        )
+        call(query, key_cache, value_cache, blocks, prefix_len, table, seq_lens, starts, max_query_len=1)
