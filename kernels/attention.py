@@ -375,7 +375,7 @@ def write_rows(
 ):
     """Write result [ROWS, Dv] and lse [ROWS] to rows (row_token, row_head) of out and lse."""
     dim = tl.arange(0, HEAD_DIM_PADDED)
-    row_offset = row_token.to(tl.int64) * stride_out_token + row_head * stride_out_head
+    row_offset = row_token.to(tl.int64) * stride_out_token + row_head.to(tl.int64) * stride_out_head
     mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(out_ptr + row_offset[:, None] + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
     if RETURN_LSE:
@@ -561,7 +561,7 @@ def paged_attention_kernel(
         row_token = first_row + row_query
         query_position = first_position + row_query
 
-        query_offset = row_token.to(tl.int64) * stride_query_token + row_head * stride_query_head
+        query_offset = row_token.to(tl.int64) * stride_query_token + row_head.to(tl.int64) * stride_query_head
         dim = tl.arange(0, KEY_PADDED)
         mask = row_exists[:, None] & (dim < KEY_DIM)[None, :]
         query = tl.load(query_ptr + query_offset[:, None] + dim[None, :], mask=mask, other=0.0)

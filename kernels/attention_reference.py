@@ -292,7 +292,7 @@ def _make_chunk(
         visible = visible & _sees(query_position, wanted[:, None, :], visibility)
     mask = blind = None
     if not visible.all():
-        mask = torch.zeros(visible.shape).masked_fill_(~visible, -INFINITY)[:, None]
+        mask = torch.zeros(visible.shape, dtype=torch.float32).masked_fill_(~visible, -INFINITY)[:, None]
         blind = ~visible.any(-1)[:, None]
     return Chunk(
         key_position,
@@ -334,7 +334,7 @@ def _attend(
         mask, blind = chunk.mask, chunk.blind
         if masking.tree_mask is not None:
             seen = _sees_in_tree(chunk.position[:, None] - group.origin, masking.tree_mask[group.rows], group.queries)
-            tree = torch.zeros(seen.shape).masked_fill_(~seen, -INFINITY)[:, None]
+            tree = torch.zeros(seen.shape, dtype=torch.float32).masked_fill_(~seen, -INFINITY)[:, None]
             mask = tree if mask is None else mask + tree
             blind = mask.isneginf().all(-1)
         if masking.alibi_slopes is not None:
@@ -392,7 +392,7 @@ def _gather(cache: Tensor, block: Tensor, slot: Tensor, scale: Tensor | None) ->
         blocks, block_size = cache.shape[:2]
         pitch = cache.stride(0) // cache.stride(1)
         rows = cache.as_strided(((blocks - 1) * pitch + block_size, *cache.shape[2:]), cache.stride()[1:])
-        tokens = rows.index_select(0, (block * pitch + slot).flatten()).view(*block.shape, *cache.shape[2:])
+        tokens = rows.index_select(0, (block.long() * pitch + slot).flatten()).view(*block.shape, *cache.shape[2:])
     else:
         tokens = cache[block.long(), slot]
     if scale is not None and scale.dim() == 3:
@@ -417,4 +417,4 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """``merge_states`` of [T, Hq, Dv] in any floating dtype."""
     out, lse = merge_states(out_a.float(), lse_a, out_b.float(), lse_b)
-    return out.to(out_a.dtype), lse
+    return out.to(out_a.dtype).contiguous(), lse.contiguous()

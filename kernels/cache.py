@@ -111,7 +111,7 @@ def store_token(
     FORMAT: tl.constexpr, LARGEST: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Store a token's heads in its slot: rotated, scaled and quantized, with the scale if each token has its own."""
-    head = tl.arange(0, HEADS_PADDED)[:, None]
+    head = tl.arange(0, HEADS_PADDED)[:, None].to(tl.int64)
     # Of int4, even and odd elements go into the low and high halves of the bytes.
     dim = tl.arange(0, DIM_PADDED)[None, :] * (2 if FORMAT == "int4" else 1)
     even = load_heads(source_ptr, stride_head, head, dim, cos_sin_ptr, NUM_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED)

@@ -75,9 +75,10 @@ def rope_append_kv(
 
 def copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
     """Copy blocks block_mapping[:, 0] of the sources to blocks block_mapping[:, 1]; reads come before writes."""
-    for source, destination in ((src_key, dst_key), (src_value, dst_value)):
-        blocks = source[block_mapping[:, 0].to(source.device)].to(destination.device)
-        destination[block_mapping[:, 1].to(destination.device)] = blocks
+    # Keys and values may share memory, as in latent attention: both are read first.
+    read = [source[block_mapping[:, 0].to(source.device)] for source in (src_key, src_value)]
+    for blocks, destination in zip(read, (dst_key, dst_value), strict=True):
+        destination[block_mapping[:, 1].to(destination.device)] = blocks.to(destination.device)
 
 
 def gather_kv(

@@ -154,7 +154,8 @@ def plan_attention_kernel(
             part_end = part_begin(wanted_part + 1, chunk, COARSE, FROM)
             first_chunk = chunk_of(first_key, FINE, COARSE, FROM)
             slot = first_of_tile + chunk_of(key, FINE, COARSE, FROM) - first_chunk
-            used_slots = chunk_of(tl.maximum(end_key - 1, first_key), FINE, COARSE, FROM) - first_chunk + 1
+            used_slots = chunk_of(tl.maximum(end_key - 1, 0), FINE, COARSE, FROM) - first_chunk + 1
+            used_slots = tl.where(end_key > first_key, used_slots, 0)  # rows before the sequence see nothing
         else:
             key = first_key + part * chunk
             part_end = key + chunk

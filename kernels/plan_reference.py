@@ -83,7 +83,7 @@ def plan_attention(
             if split:
                 used = num_slots
                 if tiling.batch_invariant:
-                    used = chunk_of(max(end_key - 1, first_key)) - chunk_of(first_key) + 1
+                    used = chunk_of(end_key - 1) - chunk_of(first_key) + 1 if end_key > first_key else 0
                 merge_rows.append([first_slot + tile * num_slots, used, parts, 0])
     for rows, out in ((item_rows, items), (merge_rows, merges)):
         if rows:

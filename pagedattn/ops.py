@@ -95,6 +95,11 @@ def _check_index(
         _fail(name, given.stride(), "contiguous in its last dimension")
 
 
+def _check_dense(name: str, given: Tensor) -> None:
+    if given.dim() and given.stride()[-1] != 1 and given.shape[-1] > 1:
+        _fail(name, given.stride(), "contiguous in its last dimension")
+
+
 def _check_rows(
     name: str, given: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], tokens: Any = None
 ) -> None:
@@ -151,6 +156,8 @@ def _check_cache_scales(cache: Tensor, k_scale: Tensor | None, v_scale: Tensor |
             _fail(name, scale, "float32")
         if scale.device != cache.device:
             _fail(name, scale, f"on {cache.device}")
+        if scale.dim() == 1:
+            _check_dense(name, scale)
 
 
 def _check_head_sizes(name: str, head_size: int, name_v: str, head_size_v: int) -> None:
@@ -231,16 +238,19 @@ def _check_attention(call: _Attention) -> None:
             fits = tensor.shape == (num_heads,) and tensor.dtype == torch.float32 and tensor.device == device
             if not fits:
                 _fail(name, tensor, f"float32 [{num_heads}] on {device}")
+            _check_dense(name, tensor)
     if q_scale is not None:
         fits = (q_scale.dim() == 0 or q_scale.shape == (num_kv_heads,)) and q_scale.dtype == torch.float32
         if not fits or q_scale.device != device:
             _fail("q_scale", q_scale, f"float32, 0-d or [{num_kv_heads}], on {device}")
+        _check_dense("q_scale", q_scale)
     if k_scale is not None or v_scale is not None:
         _check_cache_scales(key_cache, k_scale, v_scale)
     if tree_mask is not None:
         fits = tree_mask.shape == (num_tokens, max_query_len) and tree_mask.dtype == torch.bool
         if not fits or tree_mask.device != device:
             _fail("tree_mask", tree_mask, f"bool [{num_tokens}, {max_query_len}] on {device}")
+        _check_dense("tree_mask", tree_mask)
     _require_no_grad(query=query, key_cache=key_cache, value_cache=value_cache, alibi_slopes=alibi_slopes, sinks=sinks)
 
 
@@ -342,7 +352,7 @@ _cached_tiling = lru_cache(maxsize=1024)(_tiling)  # symbolic sizes, which only 
 
 
 def _window(sliding_window: int | None, max_seq_len: int) -> int | None:
-    """A window that no sequence outgrows is none."""
+    """A window, or a chunk, that no sequence outgrows is none."""
     return None if sliding_window is None or sliding_window >= max_seq_len else sliding_window
 
 
@@ -354,11 +364,11 @@ def _plan_buffers(tiling: AttentionTiling, like: Tensor) -> tuple[Tensor, Tensor
     )
 
 
-def _fits_plan(tiling: AttentionTiling, items: Tensor, merges: Tensor, counts: Tensor) -> bool:
-    return (
-        items.shape[0] == tiling.max_items
-        and merges.shape[0] == tiling.max_merges
-        and counts.shape[0] == tiling.num_counts
+def _fits_plan(tiling: AttentionTiling, device: torch.device, items: Tensor, merges: Tensor, counts: Tensor) -> bool:
+    shapes = ((tiling.max_items, 8), (tiling.max_merges, 4), (tiling.num_counts,))
+    return all(
+        tensor.shape == shape and tensor.dtype == torch.int32 and tensor.device == device and tensor.is_contiguous()
+        for tensor, shape in zip((items, merges, counts), shapes, strict=True)
     )
 
 
@@ -387,7 +397,7 @@ def _plan_attention_out(
     geometry = _Geometry(num_heads, num_kv_heads, head_size, head_size_v, max_query_len, max_seq_len, batch_invariant)
     _check_plan(seq_lens, query_start_loc, geometry)
     tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
-    if not _fits_plan(tiling, items, merges, counts):
+    if not _fits_plan(tiling, seq_lens.device, items, merges, counts):
         _fail("out", items, f"a plan of {seq_lens.shape[0]} sequences with the same geometry")
     make = plan_reference.plan_attention
     if _uses_triton(seq_lens):
@@ -482,7 +492,7 @@ def _attend(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     masking = attention_reference.Masking(
         call.causal,
         _window(call.sliding_window, call.max_seq_len),
-        call.attention_chunk,
+        _window(call.attention_chunk, call.max_seq_len),
         call.softcap,
         call.alibi_slopes,
         call.sinks,
@@ -511,13 +521,14 @@ def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
         arguments = (*sizes, call.sliding_window, call.batch_invariant)
         plan = list(_plan_attention(call.seq_lens, call.query_start_loc, *arguments))
     tiling = _cached_tiling(_Geometry(*sizes, call.batch_invariant), num_seqs, query.device)
-    if len(plan) != 3 or not _fits_plan(tiling, *plan):
+    if len(plan) != 3 or not _fits_plan(tiling, query.device, *plan):
         _fail("plan", plan[0], f"made for these {num_seqs} sequences and this geometry")
     fingerprint = _fingerprint(call, (*map(_metadata, plan),), out, lse)
     prepared = _prepared.get(fingerprint)
     if prepared is None:
         window = _window(call.sliding_window, call.max_seq_len)
-        options = AttentionOptions(call.scale, call.causal, window, *call[11:19])
+        chunk = _window(call.attention_chunk, call.max_seq_len)
+        options = AttentionOptions(call.scale, call.causal, window, chunk, *call[12:19])
         prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, options, out, lse)
         _remember(fingerprint, prepared)
     prepared(*call[:4], call.query_start_loc, plan, *call[13:19], out, lse)
@@ -1104,8 +1115,12 @@ def paged_attention(
     # The dispatcher checks types anyway, and on a decode's critical path once is enough. What it reports does not name
     # the argument in our terms, so then, and for bool in an int's place, which it takes, types are checked again here.
     numbers: tuple[type, ...] = (type(max_query_len), type(max_seq_len), type(sliding_window), type(attention_chunk))
-    numbers = (*numbers, type(scale), type(softcap))
-    if bool in numbers or type(causal) is not bool or type(return_lse) is not bool:
+    if (
+        bool in (*numbers, type(scale), type(softcap))
+        or float in numbers
+        or type(causal) is not bool
+        or type(return_lse) is not bool
+    ):
         check_types()
     try:
         bound = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.geometry[6]

@@ -257,6 +257,13 @@ def test_copy_reads_before_it_writes() -> None:
     assert torch.equal(value, -key)
 
 
+def test_copy_of_values_that_share_the_keys_memory() -> None:
+    key = torch.rand(4, 2, 1, 16, device=DEVICE)
+    before = key.clone()
+    pagedattn.copy_blocks(key, key[..., :8], key, key[..., :8], torch.tensor([[0, 1], [1, 0]], device=DEVICE))
+    assert torch.equal(key, before[[1, 0, 2, 3]])
+
+
 def test_merge_of_parts_is_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 2, 20, generator=generator, dtype=torch.float64)
