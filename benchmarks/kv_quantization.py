@@ -25,9 +25,9 @@ from torch import Tensor
 from pagedattn.engine.batch import BatchTensors
 from pagedattn.engine.model import Decoder, KVCache, LayerCache
 from pagedattn.engine.weights import load_model
+from pagedattn.kernels.quantization import LARGEST
 
 WINDOW, BLOCK_SIZE = 1024, 16
-LARGEST = {"fp8 e4m3": 448.0, "fp8 e5m2": 57344.0, "int8": 127.0, "int4": 7.0}
 DTYPES = {"fp8 e4m3": torch.float8_e4m3fn, "fp8 e5m2": torch.float8_e5m2, "int8": torch.int8, "int4": torch.uint8}
 SCALES = ("per tensor", "per head", "per token and head")
 
@@ -67,13 +67,13 @@ def evaluate(decoder: Decoder, cache: KVCache, windows: Tensor) -> tuple[float, 
     return math.exp(loss / (windows.numel() - len(windows))), torch.stack(best)
 
 
-def calibrated(plain: KVCache, quantized: KVCache, name: str, scales: str) -> list[LayerCache]:
+def calibrated(plain: KVCache, quantized: KVCache, scales: str) -> list[LayerCache]:
     """The quantized layers with scales per tensor or head, from what ``plain`` holds."""
     layers = []
     for source, target in zip(plain.layers, quantized.layers, strict=True):
         found = []
         for values in source[:2]:
-            largest = values.float().abs().amax((0, 1, 3)) / LARGEST[name]
+            largest = values.float().abs().amax((0, 1, 3)) / LARGEST[target.key.dtype]
             found.append(largest.amax() if scales == "per tensor" else largest)
         layers.append(LayerCache(target.key, target.value, *found))
     return layers
@@ -95,7 +95,7 @@ def measure(num_tokens: int, device: torch.device, dtype: torch.dtype) -> dict[s
         for scales in SCALES:
             cache = KVCache(config, blocks, BLOCK_SIZE, stored, device)
             if scales != "per token and head":
-                cache.layers = calibrated(plain, cache, name, scales)
+                cache.layers = calibrated(plain, cache, scales)
             perplexity, best = evaluate(decoder, cache, windows)
             agreement = float((best == expected).float().mean())
             rows.append({"cache": name, "scales": scales, "perplexity": perplexity, "agreement": agreement})

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pagedattn.engine.batch import BatchTensors
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # as checkpoints name them
-QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)  # of caches; uint8 is int4
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "per_frequency")
 
 
@@ -190,7 +189,7 @@ class KVCache:
         slots = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads)
         storage = torch.empty((*slots, stored), dtype=dtype, device=device)
         self.layers = [LayerCache(keys, values) for keys, values in storage]
-        if dtype in QUANTIZED_DTYPES:
+        if dtype in ops.QUANTIZED_DTYPES:
             scales = torch.empty(slots, dtype=torch.float32, device=device)
             self.layers = [LayerCache(*layer[:2], *scale) for layer, scale in zip(self.layers, scales, strict=True)]
 

@@ -25,7 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedattn.kernels.launcher import Launcher, specialized
+from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.plan import chunk_begin, chunk_of
+from pagedattn.kernels.quantization import scale_mode, token_strides
 from pagedattn.kernels.tiling import (
     COARSE_CHUNK,
     COARSE_FROM,
@@ -37,7 +39,6 @@ from pagedattn.kernels.tiling import (
 
 LOG2E = 1.4426950408889634
 INTERPRETER_SHARED_MEMORY = 1 << 16
-NO_SCALE, TENSOR_SCALE, HEAD_SCALE, TOKEN_SCALE = range(4)
 
 
 # --- reading the cache ------------------------------------------------------------------------------------------------
@@ -696,15 +697,6 @@ def storage_format(dtype: torch.dtype, device: torch.device) -> str:
     return "cast"
 
 
-def scale_mode(scale: Tensor | None) -> int:
-    """NO_SCALE, TENSOR_SCALE, HEAD_SCALE or TOKEN_SCALE."""
-    return NO_SCALE if scale is None else {0: TENSOR_SCALE, 1: HEAD_SCALE, 3: TOKEN_SCALE}[scale.dim()]
-
-
-def _scale_strides(scale: Tensor | None) -> tuple[int, ...]:
-    return tuple(scale.stride()) if scale is not None and scale.dim() == 3 else (0, 0, 0)
-
-
 @dataclass(frozen=True)
 class HeadSizes:
     """How the kernel holds heads: in powers of two, of which 576 is two."""
@@ -721,23 +713,6 @@ class HeadSizes:
         rest = 64 if head_size == 576 else 0
         key, least = head_size - rest, 32 if is_int4 else 16
         return cls(key, max(least, next_power_of_2(key)), rest, head_size_v, max(least, next_power_of_2(head_size_v)))
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """The arguments of ``pagedattn.paged_attention`` that are no tensors of the batch; meaning and shapes as there."""
-
-    scale: float
-    causal: bool = True
-    sliding_window: int | None = None
-    attention_chunk: int | None = None
-    softcap: float | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    q_scale: Tensor | None = None
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-    tree_mask: Tensor | None = None
 
 
 class PreparedAttention:
@@ -779,7 +754,7 @@ class PreparedAttention:
         strides = (
             *out.stride()[:2], *query.stride()[:2],
             *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0),
-            *_scale_strides(options.k_scale), *_scale_strides(options.v_scale),
+            *token_strides(options.k_scale), *token_strides(options.v_scale),
             0 if tree_mask is None else tree_mask.stride(0),
         )  # fmt: skip
         kv_format, query_format = storage_format(key_cache.dtype, device), storage_format(query.dtype, device)

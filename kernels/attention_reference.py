@@ -22,6 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.quantization import dequantize
 
 GATHERED = 1 << 20  # elements of a group's keys and values together at a time
@@ -34,21 +35,8 @@ INFINITY = float("inf")
 
 
 @dataclass(frozen=True)
-class Masking:
-    """Everything that changes a logit after the dot product. Shapes and meaning as in ``pagedattn.paged_attention``."""
-
-    causal: bool = True
-    sliding_window: int | None = None
-    attention_chunk: int | None = None
-    softcap: float | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    tree_mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Visibility:
-    """What of ``Masking`` decides which keys a query sees from positions alone."""
+    """What of the options decides which keys a query sees from positions alone."""
 
     causal: bool
     sliding_window: int | None
@@ -110,18 +98,15 @@ def paged_attention(
     seq_lens: Tensor,
     query_start_loc: Tensor,
     *,
-    scale: float,
-    masking: Masking,
+    options: AttentionOptions,
     out: Tensor,
     lse: Tensor | None,
-    q_scale: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> None:
     """Write attention into ``out`` [T, Hq, Dv] and its log-sum-exp into ``lse`` (fp32 [T, Hq]; None: not wanted)."""
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, head_size_v = key_cache.shape[2], out.shape[2]
+    q_scale = options.q_scale
     if q_scale is not None and q_scale.dim() == 1:
         q_scale = q_scale.repeat_interleave(num_heads // num_kv_heads)
     groups = cut_batch(
@@ -130,7 +115,7 @@ def paged_attention(
         key_cache.shape[1],
         num_heads,
         num_kv_heads * (head_size + head_size_v),
-        Visibility(masking.causal and masking.tree_mask is None, masking.sliding_window, masking.attention_chunk),
+        Visibility(options.causal and options.tree_mask is None, options.sliding_window, options.attention_chunk),
         batch_invariant,
     )
     if sum(group.written.numel() for group in groups) < num_tokens:  # padding, and positions below 0
@@ -143,11 +128,9 @@ def paged_attention(
         group_query = dequantize(query.index_select(0, group.rows), q_scale).view(-1, *heads, head_size)
         if group.queries > 1:
             group_query = group_query.transpose(1, 2)
-        result, result_lse = _attend(
-            group_query, key_cache, value_cache, block_table, group, masking, scale, k_scale, v_scale
-        )
-        if masking.sinks is not None:
-            sinks = masking.sinks.view(heads) if group.queries == 1 else masking.sinks[:, None]
+        result, result_lse = _attend(group_query, key_cache, value_cache, block_table, group, options)
+        if options.sinks is not None:
+            sinks = options.sinks.view(heads) if group.queries == 1 else options.sinks[:, None]
             result, result_lse = _add_sink(result, result_lse, sinks)
         if group.queries > 1:
             result, result_lse = result.transpose(1, 2), result_lse.transpose(1, 2)
@@ -320,29 +303,26 @@ def _attend(
     value_cache: Tensor,
     block_table: Tensor,
     group: Group,
-    masking: Masking,
-    scale: float,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a group: fp32 [G, H, Q, Dv] and its log-sum-exp [G, H, Q]."""
     state: tuple[Tensor, Tensor] | None = None
     for chunk in group.chunks:
         block = block_table[group.sequence, chunk.block]
-        keys = _gather(key_cache, block, chunk.slot, k_scale)
-        values = _gather(value_cache, block, chunk.slot, v_scale)
+        keys = _gather(key_cache, block, chunk.slot, options.k_scale)
+        values = _gather(value_cache, block, chunk.slot, options.v_scale)
         mask, blind = chunk.mask, chunk.blind
-        if masking.tree_mask is not None:
-            seen = _sees_in_tree(chunk.position[:, None] - group.origin, masking.tree_mask[group.rows], group.queries)
+        if options.tree_mask is not None:
+            seen = _sees_in_tree(chunk.position[:, None] - group.origin, options.tree_mask[group.rows], group.queries)
             tree = torch.zeros(seen.shape, dtype=torch.float32).masked_fill_(~seen, -INFINITY)[:, None]
             mask = tree if mask is None else mask + tree
             blind = mask.isneginf().all(-1)
-        if masking.alibi_slopes is not None:
+        if options.alibi_slopes is not None:
             distance = (group.query_position - chunk.position[:, None]).abs()[:, None]  # [G, 1, Q, C]
-            slopes = masking.alibi_slopes
+            slopes = options.alibi_slopes
             slopes = slopes.view(1, *query.shape[1:3], 1) if group.queries == 1 else slopes[:, None, None]
             mask = -slopes * distance if mask is None else mask - slopes * distance
-        part = _attend_chunk(query, keys, values, mask, scale, masking.softcap)
+        part = _attend_chunk(query, keys, values, mask, options.scale, options.softcap)
         if blind is not None:
             part[1].masked_fill_(blind, -INFINITY)
         state = part if state is None else merge_states(*state, *part)

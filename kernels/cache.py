@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedattn.kernels.launcher import Launcher, specialized
-from pagedattn.kernels.quantization import LARGEST
+from pagedattn.kernels.quantization import LARGEST, scale_mode, token_strides
 from pagedattn.kernels.tiling import next_power_of_2
 
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8", torch.uint8: "int4"}
@@ -257,7 +257,7 @@ class PreparedAppend:
         per_element = 2 if cache_format == "int4" else 1
         strides = (
             *query_strides, *key.stride()[:2], *value.stride()[:2], stride_cos_sin,
-            *key_cache.stride()[:3], *value_cache.stride()[:3], *_token_strides(k_scale), *_token_strides(v_scale),
+            *key_cache.stride()[:3], *value_cache.stride()[:3], *token_strides(k_scale), *token_strides(v_scale),
         )  # fmt: skip
         constants = (
             key_cache.shape[1],
@@ -265,7 +265,7 @@ class PreparedAppend:
             head_size, next_power_of_2(head_size // per_element),
             head_size_v, next_power_of_2(head_size_v // per_element),
             rotary_dim, next_power_of_2(max(1, rotary_dim // 2)), interleaved,
-            cache_format, LARGEST.get(key_cache.dtype, 0.0), _scale_mode(k_scale), _scale_mode(v_scale),
+            cache_format, LARGEST.get(key_cache.dtype, 0.0), scale_mode(k_scale), scale_mode(v_scale),
         )  # fmt: skip
         self._launch = launch_append.prepare(
             (key.dtype, key_cache.dtype, specialized(strides), constants),
@@ -293,14 +293,6 @@ class PreparedAppend:
         if self._is_float8:
             key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
         self._launch((query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale))
-
-
-def _token_strides(scale: Tensor | None) -> tuple[int, ...]:
-    return tuple(scale.stride()) if scale is not None and scale.dim() == 3 else (0, 0, 0)
-
-
-def _scale_mode(scale: Tensor | None) -> int:
-    return 0 if scale is None else {0: 1, 1: 2, 3: 3}[scale.dim()]
 
 
 launch_append = Launcher(append_kv_kernel)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NO_SCALE, TENSOR_SCALE, HEAD_SCALE, TOKEN_SCALE = range(4)  # what the kernels compile for
+
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0, torch.uint8: 7.0}
 
 
@@ -51,3 +53,13 @@ def token_scale(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale per (token, head) that maps each vector's largest magnitude to the dtype's largest: fp32 [..., H]."""
     scale = values.float().abs().amax(-1) / LARGEST[dtype]
     return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def scale_mode(scale: Tensor | None) -> int:
+    """NO_SCALE, TENSOR_SCALE, HEAD_SCALE or TOKEN_SCALE."""
+    return NO_SCALE if scale is None else {0: TENSOR_SCALE, 1: HEAD_SCALE, 3: TOKEN_SCALE}[scale.dim()]
+
+
+def token_strides(scale: Tensor | None) -> tuple[int, ...]:
+    """Strides of block, slot and head of a scale per (token, head), zeros for any other."""
+    return tuple(scale.stride()) if scale is not None and scale.dim() == 3 else (0, 0, 0)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pagedattn.kernels import attention_reference, cache_reference, plan_reference
+from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.quantization import LARGEST
 from pagedattn.kernels.tiling import AttentionTiling, choose_tiling
 
@@ -29,7 +30,8 @@ INTERPRETER_PROGRAMS = 8
 
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _QUERY_DTYPES = (*_FLOAT_DTYPES, torch.float8_e4m3fn)
-_CACHE_DTYPES = (*_FLOAT_DTYPES, *LARGEST)
+QUANTIZED_DTYPES = tuple(LARGEST)  # of caches
+_CACHE_DTYPES = (*_FLOAT_DTYPES, *QUANTIZED_DTYPES)
 
 _library = torch.library.Library("pagedattn", "DEF")
 
@@ -82,6 +84,11 @@ def _require_no_grad(**tensors: Tensor | None) -> None:
                 raise ValueError(f"{name}: requires grad; must not, for the ops have no backward (use torch.no_grad())")
 
 
+def _check_dense(name: str, given: Tensor) -> None:
+    if given.dim() and given.stride()[-1] != 1 and given.shape[-1] > 1:
+        _fail(name, given.stride(), "contiguous in its last dimension")
+
+
 def _check_index(
     name: str, given: Tensor, dtype: torch.dtype, dims: int, device: torch.device, size: Any = None
 ) -> None:
@@ -91,13 +98,7 @@ def _check_index(
         _fail(name, given, f"{dtype} {shape}".replace("torch.", ""))
     if given.device != device:
         _fail(name, given, f"on {device}")
-    if given.stride()[-1] != 1 and given.shape[-1] > 1:
-        _fail(name, given.stride(), "contiguous in its last dimension")
-
-
-def _check_dense(name: str, given: Tensor) -> None:
-    if given.dim() and given.stride()[-1] != 1 and given.shape[-1] > 1:
-        _fail(name, given.stride(), "contiguous in its last dimension")
+    _check_dense(name, given)
 
 
 def _check_rows(
@@ -110,8 +111,7 @@ def _check_rows(
         _fail(name, given, f"one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
     if given.device != device:
         _fail(name, given, f"on {device}")
-    if given.stride()[2] != 1 and given.shape[2] > 1:
-        _fail(name, given.stride(), "contiguous in its last dimension")
+    _check_dense(name, given)
 
 
 def _check_cache(name: str, cache: Tensor, device: torch.device) -> Sequence[int]:
@@ -121,10 +121,8 @@ def _check_cache(name: str, cache: Tensor, device: torch.device) -> Sequence[int
         _fail(name, cache, "fp16, bf16, fp32, float8_e4m3fn, float8_e5m2, int8 or uint8 (int4)")
     if cache.device != device:
         _fail(name, cache, f"on {device}")
-    shape = cache.shape
-    if cache.stride()[3] != 1 and shape[3] > 1:
-        _fail(name, cache.stride(), "contiguous in its last dimension")
-    return shape
+    _check_dense(name, cache)
+    return cache.shape
 
 
 def _check_caches(key_cache: Tensor, value_cache: Tensor, device: torch.device) -> None:
@@ -379,63 +377,54 @@ def _uses_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or INTERPRETED
 
 
-def _plan_attention_out(
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    items: Tensor,
-    merges: Tensor,
-    counts: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    head_size_v: int,
-    max_query_len: int,
-    max_seq_len: int,
-    sliding_window: int | None,
-    batch_invariant: bool,
-) -> None:
-    geometry = _Geometry(num_heads, num_kv_heads, head_size, head_size_v, max_query_len, max_seq_len, batch_invariant)
-    _check_plan(seq_lens, query_start_loc, geometry)
-    tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
-    if not _fits_plan(tiling, seq_lens.device, items, merges, counts):
-        _fail("out", items, f"a plan of {seq_lens.shape[0]} sequences with the same geometry")
-    make = plan_reference.plan_attention
-    if _uses_triton(seq_lens):
-        from pagedattn.kernels import plan
-
-        make = plan.plan_attention
-    window = _window(sliding_window, max_seq_len)
-    make(seq_lens, query_start_loc, items, merges, counts, tiling=tiling, sliding_window=window)
-
-
-def _check_plan(seq_lens: Tensor, query_start_loc: Tensor, geometry: _Geometry) -> None:
+def _plan_geometry(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> _Geometry:
+    """The geometry of a plan op's arguments (those of ``_PLAN``), checked."""
+    geometry = _Geometry._make((*arguments[:6], arguments[7]))
     _check_index("seq_lens", seq_lens, torch.int32, 1, seq_lens.device)
     _check_index("query_start_loc", query_start_loc, torch.int32, 1, seq_lens.device, seq_lens.shape[0] + 1)
     if geometry.num_heads % geometry.num_kv_heads != 0:
         _fail("num_heads", geometry.num_heads, f"a multiple of num_kv_heads={geometry.num_kv_heads}")
     _check_head_sizes("head_size", geometry.head_size, "head_size_v", geometry.head_size_v)
+    return geometry
+
+
+def _plan_attention_out(
+    seq_lens: Tensor, query_start_loc: Tensor, items: Tensor, merges: Tensor, counts: Tensor, *arguments: Any
+) -> None:
+    geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
+    tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
+    if not _fits_plan(tiling, seq_lens.device, items, merges, counts):
+        _fail("out", items, f"a plan of {seq_lens.shape[0]} sequences with the same geometry")
+    _write_plan(seq_lens, query_start_loc, items, merges, counts, tiling, _window(arguments[6], geometry.max_seq_len))
 
 
 def _plan_attention(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = _plan_attention_fake(seq_lens, query_start_loc, *arguments)
-    _plan_attention_out(seq_lens, query_start_loc, *tensors, *arguments)
+    geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
+    tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
+    tensors = _plan_buffers(tiling, seq_lens)
+    _write_plan(seq_lens, query_start_loc, *tensors, tiling, _window(arguments[6], geometry.max_seq_len))
     return tensors
 
 
-def _plan_attention_fake(
+def _write_plan(
     seq_lens: Tensor,
     query_start_loc: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    head_size_v: int,
-    max_query_len: int,
-    max_seq_len: int,
-    sliding_window: int | None,
-    batch_invariant: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = _Geometry(num_heads, num_kv_heads, head_size, head_size_v, max_query_len, max_seq_len, batch_invariant)
-    _check_plan(seq_lens, query_start_loc, geometry)
+    items: Tensor,
+    merges: Tensor,
+    counts: Tensor,
+    tiling: AttentionTiling,
+    window: int | None,
+) -> None:
+    make = plan_reference.plan_attention
+    if _uses_triton(seq_lens):
+        from pagedattn.kernels import plan
+
+        make = plan.plan_attention
+    make(seq_lens, query_start_loc, items, merges, counts, tiling=tiling, sliding_window=window)
+
+
+def _plan_attention_fake(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
     return _plan_buffers(_tiling(geometry, seq_lens.shape[0], seq_lens.device), seq_lens)
 
 
@@ -489,30 +478,18 @@ def _attend(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     if _uses_triton(call.query):
         _attend_triton(call, out, lse)
         return
-    masking = attention_reference.Masking(
-        call.causal,
-        _window(call.sliding_window, call.max_seq_len),
-        _window(call.attention_chunk, call.max_seq_len),
-        call.softcap,
-        call.alibi_slopes,
-        call.sinks,
-        call.tree_mask,
-    )
     attention_reference.paged_attention(
-        *call[:6],
-        scale=call.scale,
-        masking=masking,
-        out=out,
-        lse=lse,
-        q_scale=call.q_scale,
-        k_scale=call.k_scale,
-        v_scale=call.v_scale,
-        batch_invariant=call.batch_invariant,
+        *call[:6], options=_options(call), out=out, lse=lse, batch_invariant=call.batch_invariant
     )
+
+
+def _options(call: _Attention) -> AttentionOptions:
+    window, chunk = (_window(size, call.max_seq_len) for size in (call.sliding_window, call.attention_chunk))
+    return AttentionOptions(call.scale, call.causal, window, chunk, *call[12:19])
 
 
 def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
-    from pagedattn.kernels.attention import AttentionOptions, PreparedAttention
+    from pagedattn.kernels.attention import PreparedAttention
 
     query, key_cache, value_cache, num_seqs = call.query, call.key_cache, call.value_cache, call.seq_lens.shape[0]
     sizes = (query.shape[1], key_cache.shape[2], query.shape[2], out.shape[2], call.max_query_len, call.max_seq_len)
@@ -526,10 +503,7 @@ def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     fingerprint = _fingerprint(call, (*map(_metadata, plan),), out, lse)
     prepared = _prepared.get(fingerprint)
     if prepared is None:
-        window = _window(call.sliding_window, call.max_seq_len)
-        chunk = _window(call.attention_chunk, call.max_seq_len)
-        options = AttentionOptions(call.scale, call.causal, window, chunk, *call[12:19])
-        prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, options, out, lse)
+        prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, _options(call), out, lse)
         _remember(fingerprint, prepared)
     prepared(*call[:4], call.query_start_loc, plan, *call[13:19], out, lse)
 
@@ -625,7 +599,7 @@ def _append_triton(tensors: tuple[Any, ...], interleaved: bool) -> None:
     from pagedattn.kernels.cache import PreparedAppend
 
     query, key, value, cos_sin, _, key_cache, value_cache, _, k_scale, v_scale = tensors
-    fingerprint = (interleaved, *map(_metadata, tensors))
+    fingerprint = _append_fingerprint(tensors, interleaved)
     prepared = _prepared.get(fingerprint)
     if prepared is None:
         prepared = PreparedAppend(query, key, value, cos_sin, key_cache, value_cache, k_scale, v_scale, interleaved)
@@ -633,9 +607,13 @@ def _append_triton(tensors: tuple[Any, ...], interleaved: bool) -> None:
     prepared(*tensors)
 
 
+def _append_fingerprint(tensors: tuple[Any, ...], interleaved: bool) -> tuple[Any, ...]:
+    return (interleaved, *map(_metadata, tensors))
+
+
 def _append_again(tensors: tuple[Any, ...], interleaved: bool) -> bool:
     """Run an append whose like has passed all checks before; False if there was none."""
-    prepared = _prepared.get((interleaved, *map(_metadata, tensors)))
+    prepared = _prepared.get(_append_fingerprint(tensors, interleaved))
     if prepared is None or _records_grad(tensors[0], tensors[1], tensors[2], tensors[5], tensors[6]):
         return False
     prepared(*tensors)
@@ -1128,11 +1106,11 @@ def paged_attention(
             query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len,
             bound if max_seq_len is None else max_seq_len, query.shape[2] ** -0.5 if scale is None else scale, causal,
             sliding_window, attention_chunk, softcap, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask,
-            None if plan is None else plan.tensors, False if plan is None else plan.geometry[8],
+            None if plan is None else plan.tensors, plan is not None and plan.batch_invariant,
         )  # fmt: skip
-        if plan is not None and plan.geometry != (
+        if plan is not None and plan.geometry[:8] != (
             query.shape[1], key_cache.shape[2], query.shape[2], _head_size(value_cache), key_cache.shape[1],
-            max_query_len, arguments[7], sliding_window, plan.geometry[8],
+            max_query_len, arguments[7], sliding_window,
         ):  # fmt: skip
             raise ValueError(f"plan: got one for ({GEOMETRY}) = {plan.geometry}; must be for this call's")
         if plan is not None and not torch.compiler.is_compiling() and _is_plain(query):

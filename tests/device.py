@@ -8,6 +8,5 @@ from pagedattn.ops import INTERPRETED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 IS_CUDA = DEVICE.type == "cuda"
-RUNS_TRITON = IS_CUDA or INTERPRETED
 # The interpreter computes bf16 dots wrongly, so there bf16 is left to a GPU.
 DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from pagedattn.kernels import attention_reference
-from pagedattn.kernels.attention_reference import Masking
+from pagedattn.kernels.options import AttentionOptions
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case
 from tests.kernels.oracle import AttentionCase
-
-SCALES = ("q_scale", "k_scale", "v_scale")
 
 
 def attend(case: AttentionCase, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,11 +17,8 @@ def attend(case: AttentionCase, dtype: torch.dtype = torch.float32) -> tuple[tor
     size_v = case.value_cache.shape[3] * (2 if case.value_cache.dtype == torch.uint8 else 1)
     out = torch.full((tokens, heads, size_v), torch.nan, dtype=dtype)
     lse = torch.full((tokens, heads), torch.nan)
-    masking = Masking(**{name: value for name, value in case.options.items() if name not in SCALES})
-    scales = {name: case.options.get(name) for name in SCALES}
-    attention_reference.paged_attention(
-        *case.arguments(), scale=size**-0.5, masking=masking, out=out, lse=lse, **scales
-    )
+    options = AttentionOptions(size**-0.5, **case.options)
+    attention_reference.paged_attention(*case.arguments(), options=options, out=out, lse=lse)
     return out, lse
 
 
@@ -140,10 +135,9 @@ def test_working_memory_is_bounded() -> None:
     lengths = torch.tensor([65_536] + [256] * 63, dtype=torch.int32)
     starts = torch.arange(65, dtype=torch.int32)
     query = torch.randn(64, 4, 16)
-    masking = attention_reference.Masking()
     with LargestTensor() as largest:
         attention_reference.paged_attention(
             query, cache.clone(), cache.clone(), table, lengths, starts,
-            scale=1.0, masking=masking, out=torch.empty_like(query), lse=torch.empty(64, 4),
+            options=AttentionOptions(1.0), out=torch.empty_like(query), lse=torch.empty(64, 4),
         )  # fmt: skip
     assert largest.elements <= max(attention_reference.GATHERED, attention_reference.LOGITS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pagedattn.kernels.attention import HEAD_SCALE, NO_SCALE, TENSOR_SCALE, TOKEN_SCALE
+from pagedattn.kernels.quantization import HEAD_SCALE, NO_SCALE, TENSOR_SCALE, TOKEN_SCALE
 from pagedattn.kernels.tiling import COARSE_CHUNK, COARSE_FROM, FINE_CHUNK, choose_launch, choose_tiling
 from tests.device import INTERPRETED
 
