@@ -1,9 +1,10 @@
-"""``EngineConfig``: the sizes and the policy of one engine, validated once."""
+"""``EngineConfig``: the sizes, the policy and the order of one engine, validated once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pagedattn.engine.orders import QueueOrder, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 
 
@@ -12,7 +13,7 @@ class EngineConfig:
     """``num_blocks`` blocks of ``block_size`` token slots; at most ``max_num_seqs`` requests run together, and
     ``max_num_batched_tokens`` tokens are computed in a step; prompt and generation together have at most
     ``max_model_len`` tokens. ``seed`` is where requests without one get theirs from. ``policy``: a row of ``POLICIES``
-    by name, or a ``BatchingPolicy``.
+    by name, or a ``BatchingPolicy``. ``order``: who joins first, a row of ``ORDERS`` by name, or a ``QueueOrder``.
     """
 
     num_blocks: int
@@ -21,6 +22,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     policy: str | BatchingPolicy = "default"
+    order: str | QueueOrder = "fcfs"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -31,3 +33,4 @@ class EngineConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} is not allowed: it must be an int")
         resolve_policy(self.policy)
+        resolve_order(self.order)

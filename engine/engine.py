@@ -22,6 +22,8 @@ from torch import Tensor
 from pagedattn.engine.batch import BatchTensors, prepare_batch
 from pagedattn.engine.block_manager import BlockManager
 from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.length_predictor import LengthPredictor
+from pagedattn.engine.orders import resolve_order
 from pagedattn.engine.output_builder import OutputBuilder
 from pagedattn.engine.outputs import FinishReason, RequestOutput
 from pagedattn.engine.policy import resolve_policy
@@ -30,6 +32,7 @@ from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, derive_seed, sample
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
+from pagedattn.engine.scheduling_params import SchedulingParams
 from pagedattn.engine.stats import Distribution, EngineStats, StatsRecorder
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ class Engine:
     """Serves requests with ``decoder`` over ``cache``, which has ``config.num_blocks`` blocks.
 
     ``eos_token_ids`` end a request unless its parameters ignore them; None takes the tokenizer's. ``clock`` gives
-    seconds.
+    seconds. ``predictor`` guesses output lengths for the order "sjf"; None takes one that learns means.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Engine:
         eos_token_ids: Iterable[int] | None = None,
         device: torch.device | str = "cpu",
         clock: Callable[[], float] = time.perf_counter,
+        predictor: LengthPredictor | None = None,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
@@ -100,6 +104,8 @@ class Engine:
             resolve_policy(config.policy),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            order=resolve_order(config.order),
+            predictor=predictor,
         )
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
@@ -124,6 +130,7 @@ class Engine:
         *,
         request_id: str | None = None,
         arrival_time: float | None = None,
+        scheduling_params: SchedulingParams | None = None,
     ) -> str:
         """Queue a request and return its id. ``arrival_time``: seconds of ``clock``, None = now.
 
@@ -133,6 +140,9 @@ class Engine:
         params = SamplingParams() if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, not {params!r}")
+        scheduling = SchedulingParams() if scheduling_params is None else scheduling_params
+        if not isinstance(scheduling, SchedulingParams):
+            raise TypeError(f"scheduling_params must be SchedulingParams, not {scheduling!r}")
         stop_token_ids = frozenset(params.stop_token_ids or ())
         if stop_token_ids and max(stop_token_ids) >= self._vocab_size:
             raise ValueError(f"stop_token_ids has {max(stop_token_ids)}: ids must be in [0, {self._vocab_size})")
@@ -154,6 +164,7 @@ class Engine:
                 arrival_time=self.clock() if arrival_time is None else arrival_time,
                 seed=derive_seed(self.config.seed, number) if params.seed is None else params.seed,
                 stop_token_ids=stop_token_ids,
+                scheduling=scheduling,
             )
             builder = OutputBuilder(request, tokenized.text, self.tokenizer, self._eos_token_ids)
             self.scheduler.add(request)
@@ -188,7 +199,16 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> StepResult:
-        plan = self.scheduler.schedule(self.clock())
+        now = self.clock()
+        plan = self.scheduler.schedule(now)
+        dropped = [self._drop(request, now) for request in plan.dropped]
+        if not plan.scheduled:  # whoever was left has been dropped
+            return StepResult(dropped)
+        result = self._compute(plan)
+        result.outputs.extend(dropped)
+        return result
+
+    def _compute(self, plan: StepPlan) -> StepResult:
         try:
             batch = prepare_batch(plan, self.config.block_size, self._device)
             logits = self.decoder.forward(batch, self.cache)
@@ -252,15 +272,31 @@ class Engine:
         builder.finish_reason = reason
         builder.error = error or builder.error
         request.finished_time = now
-        self.scheduler.finish(request)
+        if reason != "deadline":  # the scheduler has dropped that one itself
+            self.scheduler.finish(request, is_complete=reason in ("stop", "length"))
         del self._builders[request.request_id]
         if reason == "error":
             recorder.num_failed += 1
         elif reason == "abort":
             recorder.num_aborted += 1
+        elif reason == "deadline":
+            recorder.num_dropped += 1
         else:
             recorder.num_finished += 1
             recorder.latencies.append(now - request.arrival_time)
+
+    def _drop(self, request: Request, now: float) -> RequestOutput:
+        builder = self._builders[request.request_id]
+        waited = now - request.arrival_time
+        limits = request.scheduling
+        self._end(
+            builder,
+            "deadline",
+            now,
+            f"the deadline can not be met: {request.num_output_tokens} tokens after {waited:.3g} s, with "
+            f"first_token_timeout={limits.first_token_timeout}, timeout={limits.timeout}",
+        )
+        return builder.build()
 
     def _apply_aborts(self) -> None:
         while self._requested_aborts:
@@ -318,6 +354,7 @@ class Engine:
             num_finished=recorder.num_finished,
             num_failed=recorder.num_failed,
             num_aborted=recorder.num_aborted,
+            num_dropped=recorder.num_dropped,
             ttft=Distribution.of(list(recorder.ttfts)),
             latency=Distribution.of(list(recorder.latencies)),
             inter_token_latency=Distribution.of(list(recorder.inter_token_latencies)),
@@ -326,7 +363,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Every block is free or held by one running request; without requests all are free. Raises AssertionError."""
         self.scheduler.check_integrity()
-        known = {*self.scheduler.waiting, *(request.request_id for request in self.scheduler.running)}
+        known = {request.request_id for request in (*self.scheduler.waiting, *self.scheduler.running)}
         assert known == set(self._builders), f"requests {known ^ set(self._builders)} are known to one side only"
         if not known:
             assert self.block_manager.num_used == 0, f"idle, and {self.block_manager.num_used} blocks are used"

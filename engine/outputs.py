@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+# "deadline": it could not meet its own, and was dropped
+FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
 
 
 @dataclass(frozen=True, slots=True)

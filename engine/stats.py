@@ -56,6 +56,7 @@ class EngineStats:
     num_finished: int  # ended by a stop or their length
     num_failed: int
     num_aborted: int
+    num_dropped: int  # could not meet their deadline
     ttft: Distribution | None  # arrival to first token
     latency: Distribution | None  # arrival to the end, of finished requests
     inter_token_latency: Distribution | None  # between two tokens of a request
@@ -84,6 +85,7 @@ class StatsRecorder:
         self.num_finished = 0
         self.num_failed = 0
         self.num_aborted = 0
+        self.num_dropped = 0
         self.ttfts: deque[float] = deque(maxlen=WINDOW)
         self.latencies: deque[float] = deque(maxlen=WINDOW)
         self.inter_token_latencies: deque[float] = deque(maxlen=WINDOW)

@@ -14,9 +14,9 @@ from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import RequestRejectedError, Scheduler, StepPlan
 
 # Rows that POLICIES does not have, so that every value of every axis is run.
-PROMPT_RESERVING = replace(POLICIES["default"], reserve="prompt", headroom_blocks=0)
+PROMPT_RESERVING = replace(POLICIES["default"], reserve="sequence", headroom_blocks=0)
 CONTINUOUS_RESERVING = replace(
-    POLICIES["default"], reserve="prompt_and_max_tokens", when_full="never", chunk_prefill=False
+    POLICIES["default"], reserve="max_tokens", must_fit="max_tokens", when_full="never", prefill="whole"
 )
 PREFILL_FIRST = replace(POLICIES["default"], order="waiting_first")
 UNPADDED_STATIC = replace(POLICIES["static"], pad=False)
@@ -59,6 +59,12 @@ def complete(scheduler: Scheduler, plan: StepPlan) -> list[Request]:
 
 def counts(plan: StepPlan) -> dict[str, int]:
     return {item.request.request_id: item.num_tokens for item in plan.scheduled}
+
+
+def line(scheduler: Scheduler) -> list[str]:
+    """Who waits, first come first."""
+    waiting = sorted(scheduler.waiting, key=lambda request: (request.queue_time, request.queue_number))
+    return [request.request_id for request in waiting]
 
 
 def test_decodes_first_then_prefill_chunks_fill_the_budget() -> None:
@@ -120,7 +126,7 @@ def test_nobody_joins_in_a_step_that_preempted() -> None:
     assert [request.request_id for request in second.preempted] == ["b"]
     assert counts(second) == {"a": 1}
     assert scheduler.block_manager.num_free == 3
-    assert list(scheduler.waiting) == ["b", "c"]
+    assert line(scheduler) == ["b", "c"]
 
 
 def test_headroom_keeps_who_joins_from_being_preempted_at_once() -> None:
@@ -168,7 +174,7 @@ def test_a_request_that_can_never_fit_is_rejected_with_the_reason() -> None:
     scheduler.add(make_request("fits", 8, 5))  # 12 slots: the last token is not stored
     with pytest.raises(RequestRejectedError, match="4 KV blocks; there are 3 of 4 tokens"):
         scheduler.add(make_request("too long", 8, 6))
-    assert list(scheduler.waiting) == ["fits"]
+    assert line(scheduler) == ["fits"]
 
 
 def test_first_scheduled_time_is_kept_over_a_preemption() -> None:
@@ -291,7 +297,7 @@ def check_plan(scheduler: Scheduler, plan: StepPlan, running_before: Sequence[Re
     policy = scheduler.policy
     assert plan.scheduled, "a step with unfinished requests computes something"
     assert len({item.request for item in plan.scheduled}) == plan.num_seqs <= scheduler.max_num_seqs
-    if policy.chunk_prefill:
+    if not policy.is_whole:
         assert plan.num_tokens <= scheduler.max_num_batched_tokens
     if policy.order == "running_first" and running_before:
         assert plan.scheduled[0].request is running_before[0]
@@ -317,7 +323,5 @@ def check_plan(scheduler: Scheduler, plan: StepPlan, running_before: Sequence[Re
             assert wasted < scheduler.block_manager.block_size
     for request in plan.preempted:
         assert request.num_computed_tokens == 0
-    in_front = list(scheduler.waiting.values())[: len(plan.preempted)]
-    assert in_front == list(reversed(plan.preempted)), "preempted requests wait in front, in the order they started"
     if policy == POLICIES["default"]:  # decodes never wait for prefills: all that run are in the step
         assert {item.request for item in plan.scheduled} == set(scheduler.running)
