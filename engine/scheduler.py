@@ -116,11 +116,12 @@ class Scheduler:
         self.waiting = make_queue(order, self.predictor)
         self.running: list[Request] = []  # in the order they started
         self.lingering: list[Request] = []  # finished; padded rows of a batch that still runs, blocks held
-        self._deadlines = KeyedQueue(self._latest_start)
+        self._deadlines = KeyedQueue(self._next_deadline_check)
         self._chunk_unit = block_manager.block_size if policy.chunk_unit == "block" else 1
         self._num_watermark_blocks = int(policy.watermark * block_manager.num_blocks)
         self._num_queued = 0
         self._num_steps_without_join = 0
+        self._now = 0.0
         self._last_step_time: float | None = None  # None: nothing was computed
         self._step_seconds = 0.0  # of the fastest steps lately
         self._is_closed = False  # after a preemption, until a running request has ended
@@ -272,8 +273,15 @@ class Scheduler:
     def _continue_running(self, step: _StepInTheMaking) -> None:
         decode_first = self.policy.order == "decode_first"
         prefills: list[Request] = []
+        ensure, num_tokens = self.block_manager.ensure, step.num_tokens
         for request in list(self.running):
-            if decode_first and request.num_uncomputed_tokens > 1:
+            is_decode = request.num_uncomputed_tokens == 1
+            is_plain = is_decode and step.token_budget > 0 and not step.preempted and request not in num_tokens
+            if is_plain and ensure(request, request.num_computed_tokens + 1):
+                # What nearly all requests of nearly all steps need, without a call for each part of it.
+                num_tokens[request] = 1
+                step.token_budget -= 1
+            elif decode_first and not is_decode:
                 prefills.append(request)
             else:
                 self._continue(request, step)
@@ -448,7 +456,13 @@ class Scheduler:
             latest = min(latest, request.deadline - num_steps * self._step_seconds)
         return latest
 
+    def _next_deadline_check(self, request: Request) -> float:
+        """Half way to its latest start: steps may turn out slower than they were."""
+        latest = self._latest_start(request)
+        return latest if latest - self._now <= self._step_seconds else (self._now + latest) / 2
+
     def _note_step_time(self, now: float) -> None:
+        self._now = now
         if self._last_step_time is not None:
             seconds = now - self._last_step_time
             self._step_seconds = min(seconds, self._step_seconds * _STEP_TIME_GROWTH) if self._step_seconds else seconds
