@@ -27,6 +27,7 @@ ENGINE_OPTIONS = (
     "max_num_batched_tokens",
     "max_model_len",
     "policy",
+    "order",
     "seed",
 )
 SAMPLING_OPTIONS = (
@@ -70,7 +71,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences in a batch")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens in a step")
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer together, in tokens")
-    group.add_argument("--policy", help="how batches are formed: default or static")
+    group.add_argument("--policy", help="how batches are formed: default, static, vllm, ... (docs/batching.md)")
+    group.add_argument("--order", help="who joins a batch first: fcfs, priority, sjf, fair, ... (docs/batching.md)")
     group.add_argument("--seed", type=int, help="where requests without a seed get theirs from")
 
 

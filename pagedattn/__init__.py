@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from pagedattn.engine.llm import LLM
     from pagedattn.engine.outputs import RequestOutput
     from pagedattn.engine.sampling_params import SamplingParams
+    from pagedattn.engine.scheduling_params import SchedulingParams
 
 __all__ = [
     "LLM",
     "AttentionPlan",
     "RequestOutput",
     "SamplingParams",
+    "SchedulingParams",
     "__version__",
     "append_kv",
     "copy_blocks",
@@ -52,6 +54,7 @@ _LAZY = {
     "LLM": "pagedattn.engine.llm",
     "RequestOutput": "pagedattn.engine.outputs",
     "SamplingParams": "pagedattn.engine.sampling_params",
+    "SchedulingParams": "pagedattn.engine.scheduling_params",
 }
 
 

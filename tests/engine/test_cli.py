@@ -144,7 +144,11 @@ BAD_INPUTS: dict[str, tuple[Sequence[str], str]] = {
     ),
     "unknown policy": (
         ["generate", "--policy", "dynamic", "hi"],
-        "policy='dynamic' is not known: it must be one of default, static",
+        "policy='dynamic' is not known: it must be one of default, static, orca,",
+    ),
+    "unknown order": (
+        ["generate", "--order", "lifo", "hi"],
+        "order='lifo' is not known: it must be one of fcfs, priority,",
     ),
     "unknown device": (
         ["generate", *RANDOM, "--device", "tpu", "hi"],

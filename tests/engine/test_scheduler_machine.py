@@ -145,9 +145,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 def run_machine(policy: BatchingPolicy, order: QueueOrder, num_examples: int, seed: int | None = None) -> int:
     """Returns how many steps it scheduled."""
-    machine = type("Machine", (SchedulerMachine,), {"policy": policy, "order": order, "num_steps_of_all": 0})
+
+    class Machine(SchedulerMachine):
+        pass
+
+    Machine.policy, Machine.order = policy, order
     run_state_machine_as_test(
-        machine if seed is None else hypothesis.seed(seed)(machine),
+        Machine if seed is None else hypothesis.seed(seed)(Machine),
         settings=settings(
             max_examples=num_examples,
             stateful_step_count=30,
@@ -157,7 +161,7 @@ def run_machine(policy: BatchingPolicy, order: QueueOrder, num_examples: int, se
             suppress_health_check=list(HealthCheck),
         ),
     )
-    return machine.num_steps_of_all
+    return Machine.num_steps_of_all
 
 
 CASES = [
