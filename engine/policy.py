@@ -110,12 +110,12 @@ class BatchingPolicy:
 
 
 POLICIES: dict[str, BatchingPolicy] = {
-    # Decodes first, prompts fill the budget; who joins leaves each running request a block to grow into, and a prompt
-    # that does not fit lets smaller ones pass, for a while.
+    # Decodes first, prompts fill the budget; who joins leaves each running request two blocks to grow into, and a
+    # prompt that does not fit lets smaller ones pass, for a while.
     "default": BatchingPolicy(
         reserve="step",
         must_fit="sequence",
-        headroom_blocks=1,
+        headroom_blocks=2,
         join="every_step",
         overtake_window=8,
         max_overtakes=32,

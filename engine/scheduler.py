@@ -87,7 +87,9 @@ class _StepInTheMaking:
     now: float
     token_budget: int
     may_prefill: bool  # False: only decodes run, and one prefill where there is none
-    num_prefills: int = 0  # prompts under "equal_chunks", whose tokens are not yet taken from the budget
+    # Prompts under "equal_chunks", whose tokens are not yet taken from the budget.
+    num_prefills: int = 0
+    num_prefill_tokens: int = 0
     num_tokens: dict[Request, int] = field(default_factory=dict)
     joined: list[Request] = field(default_factory=list)
     starved: list[Request] = field(default_factory=list)  # found no block
@@ -232,8 +234,9 @@ class Scheduler:
         if prefill == "whole_within_budget":
             return num_tokens if num_tokens <= max(budget, 1) or not step.num_tokens else 0
         if prefill == "equal_chunks":  # cut in the end, when it is known how many there are
-            has_chunk = step.num_prefills < budget // self._chunk_unit or not step.num_tokens
-            return num_tokens if has_chunk else 0
+            fits = step.num_prefill_tokens + num_tokens <= budget
+            has_chunk = step.num_prefills < budget // self._chunk_unit
+            return num_tokens if fits or has_chunk or not step.num_tokens else 0
         if num_tokens <= budget:
             return num_tokens
         return budget - budget % self._chunk_unit or (0 if step.num_tokens else budget)
@@ -242,8 +245,18 @@ class Scheduler:
         step.num_tokens[request] = num_tokens
         if num_tokens > 1 and self.policy.prefill == "equal_chunks":
             step.num_prefills += 1
+            step.num_prefill_tokens += num_tokens
         else:
             step.token_budget -= num_tokens
+
+    def _take_back_tokens(self, request: Request, step: _StepInTheMaking) -> None:
+        """Undo ``_give_tokens``, if it was called."""
+        num_tokens = step.num_tokens.pop(request, 0)
+        if num_tokens > 1 and self.policy.prefill == "equal_chunks":
+            step.num_prefills -= 1
+            step.num_prefill_tokens -= num_tokens
+        else:
+            step.token_budget += num_tokens
 
     def _cut_equal_chunks(self, step: _StepInTheMaking) -> None:
         """Share the budget among the prompts: each gets the same, but no more than it needs; what is left goes to the
@@ -318,7 +331,7 @@ class Scheduler:
     def _preempt(self, victim: Request, step: _StepInTheMaking) -> None:
         """Take a running request's blocks away and queue it again."""
         self.running.remove(victim)
-        step.token_budget += step.num_tokens.pop(victim, 0)
+        self._take_back_tokens(victim, step)
         step.preempted.append(victim)
         self.block_manager.free(victim)
         victim.num_computed_tokens = 0
@@ -422,7 +435,7 @@ class Scheduler:
     def _withdraw(self, request: Request, step: _StepInTheMaking) -> None:
         """Undo ``_join``."""
         self.running.remove(request)
-        step.token_budget += step.num_tokens.pop(request)
+        self._take_back_tokens(request, step)
         self.block_manager.free(request)
         request.num_computed_tokens = 0
         self.waiting.withdrawn(request)

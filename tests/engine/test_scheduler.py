@@ -113,12 +113,12 @@ def test_nobody_joins_in_a_step_that_preempted() -> None:
 
 
 def test_headroom_keeps_who_joins_from_being_preempted_at_once() -> None:
-    """With a free block per running request left, the next step of all of them fits."""
-    scheduler = make_scheduler(num_blocks=5, block_size=2, max_num_batched_tokens=64)
+    """With free blocks for each running request left, the next steps of all of them fit."""
+    scheduler = make_scheduler(num_blocks=6, block_size=2, max_num_batched_tokens=64)
     scheduler.add(make_request("a", 4, 4))
     scheduler.add(make_request("b", 4, 2))
     scheduler.add(make_request("c", 2, 2))
-    assert list(counts(scheduler.schedule(0.0))) == ["a", "b"]  # c's block is there, but a and b may need one each
+    assert list(counts(scheduler.schedule(0.0))) == ["a", "b"]  # c's block is there, but a and b may need it
 
 
 def test_static_reserves_pads_and_runs_until_the_last_ends() -> None:
