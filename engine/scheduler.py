@@ -87,10 +87,9 @@ class _StepInTheMaking:
     now: float
     token_budget: int
     may_prefill: bool  # False: only decodes run, and one prefill where there is none
-    # Prompts under "equal_chunks", whose tokens are not yet taken from the budget.
-    num_prefills: int = 0
-    num_prefill_tokens: int = 0
     num_tokens: dict[Request, int] = field(default_factory=dict)
+    uncut: dict[Request, int] = field(default_factory=dict)  # under "equal_chunks", not yet taken from the budget
+    num_uncut_tokens: int = 0
     joined: list[Request] = field(default_factory=list)
     starved: list[Request] = field(default_factory=list)  # found no block
     preempted: list[Request] = field(default_factory=list)
@@ -227,15 +226,15 @@ class Scheduler:
         """How many of its uncomputed tokens; 0 when the budget has none for it."""
         num_tokens = request.num_uncomputed_tokens
         prefill, budget = self.policy.prefill, step.token_budget
-        if num_tokens == 1 and budget > 0:
+        if num_tokens == 1 and budget > 0 and not step.uncut:
             return 1
         if prefill == "whole":
             return num_tokens
         if prefill == "whole_within_budget":
             return num_tokens if num_tokens <= max(budget, 1) or not step.num_tokens else 0
         if prefill == "equal_chunks":  # cut in the end, when it is known how many there are
-            fits = step.num_prefill_tokens + num_tokens <= budget
-            has_chunk = step.num_prefills < budget // self._chunk_unit
+            fits = step.num_uncut_tokens + num_tokens <= budget
+            has_chunk = len(step.uncut) < budget // self._chunk_unit
             return num_tokens if fits or has_chunk or not step.num_tokens else 0
         if num_tokens <= budget:
             return num_tokens
@@ -243,27 +242,25 @@ class Scheduler:
 
     def _give_tokens(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
         step.num_tokens[request] = num_tokens
-        if num_tokens > 1 and self.policy.prefill == "equal_chunks":
-            step.num_prefills += 1
-            step.num_prefill_tokens += num_tokens
+        if self.policy.prefill == "equal_chunks" and (num_tokens > 1 or step.uncut):
+            step.uncut[request] = num_tokens
+            step.num_uncut_tokens += num_tokens
         else:
             step.token_budget -= num_tokens
 
     def _take_back_tokens(self, request: Request, step: _StepInTheMaking) -> None:
         """Undo ``_give_tokens``, if it was called."""
         num_tokens = step.num_tokens.pop(request, 0)
-        if num_tokens > 1 and self.policy.prefill == "equal_chunks":
-            step.num_prefills -= 1
-            step.num_prefill_tokens -= num_tokens
-        else:
+        if step.uncut.pop(request, None) is None:
             step.token_budget += num_tokens
+        else:
+            step.num_uncut_tokens -= num_tokens
 
     def _cut_equal_chunks(self, step: _StepInTheMaking) -> None:
         """Share the budget among the prompts: each gets the same, but no more than it needs; what is left goes to the
         first ones."""
-        open_prompts = {request: num_tokens for request, num_tokens in step.num_tokens.items() if num_tokens > 1}
-        budget, unit = step.token_budget, self._chunk_unit
-        if sum(open_prompts.values()) <= budget:
+        open_prompts, budget, unit = step.uncut, step.token_budget, self._chunk_unit
+        if step.num_uncut_tokens <= budget:
             return
         share = 0
         while open_prompts:

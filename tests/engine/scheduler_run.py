@@ -135,6 +135,7 @@ def check_plan(scheduler: Scheduler, plan: StepPlan, running_before: list[Reques
         assert not request.block_ids or policy.pad
     joined = [request for request in scheduler.running if request not in running_before]
     check_budget(scheduler, plan, joined)
+    check_room_left(scheduler, joined)
     check_padding(scheduler, plan)
     if policy.when_full == "never":
         assert not plan.preempted
@@ -157,6 +158,19 @@ def check_budget(scheduler: Scheduler, plan: StepPlan, joined: list[Request]) ->
         assert plan.num_tokens <= budget
     elif policy.prefill == "whole_within_budget" and len(joined) > 1:
         assert sum(item.num_tokens for item in plan.scheduled if item.request in joined) <= budget
+
+
+def check_room_left(scheduler: Scheduler, joined: list[Request]) -> None:
+    """Who joins leaves the blocks free that the policy wants free."""
+    policy, block_manager = scheduler.policy, scheduler.block_manager
+    if not joined or len(scheduler.running) == 1 or policy.order == "waiting_first":
+        return
+    num_free = policy.headroom_blocks * (len(scheduler.running) - 1)
+    if policy.must_fit == "sequence":  # what the last one has still to take
+        num_free += block_manager.blocks_for(joined[-1].num_tokens) - len(joined[-1].block_ids)
+    if policy.watermark_gates == "each_join":
+        num_free += int(policy.watermark * block_manager.num_blocks)
+    assert block_manager.num_free >= num_free, "too few blocks are left"
 
 
 def check_padding(scheduler: Scheduler, plan: StepPlan) -> None:

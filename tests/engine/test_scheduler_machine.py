@@ -158,6 +158,7 @@ def run_machine(policy: BatchingPolicy, order: QueueOrder, num_examples: int, se
             deadline=None,
             derandomize=seed is None,
             database=None,
+            report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),
     )
