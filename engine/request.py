@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pagedattn.engine.prefix_tree import PrefixHashes
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduling_params import SchedulingParams
 
@@ -14,7 +15,8 @@ class Request:
     """One sequence on its way through the engine.
 
     ``token_ids`` are the prompt's and then the generated ones; ``num_computed_tokens`` of them have their keys and
-    values in the cache, in the blocks ``block_ids`` (which the block manager alone changes). ``max_num_tokens`` bounds
+    values in the cache, in the blocks ``block_ids`` (which the block manager alone changes). Requests of an equal
+    ``cache_salt`` share what is cached; ``siblings`` have the same prompt and fork from it. ``max_num_tokens`` bounds
     prompt and generation together. ``stop_token_ids`` are all ids that end it, the end-of-sequence ids included. Times
     are in seconds of the engine's clock, None until they happen.
 
@@ -33,6 +35,7 @@ class Request:
         seed: int = 0,
         stop_token_ids: frozenset[int] = frozenset(),
         scheduling: SchedulingParams = _PLAIN,
+        cache_salt: str = "",
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -41,6 +44,9 @@ class Request:
         self.stop_token_ids = stop_token_ids
         self.token_ids: list[int] = list(prompt_token_ids)
         self.block_ids: list[int] = []
+        self.cache_salt = cache_salt
+        self.prefix_hashes: PrefixHashes | None = None
+        self.siblings: list[Request] = []
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.num_preemptions = 0
