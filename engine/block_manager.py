@@ -1,12 +1,12 @@
 """``BlockManager``: which KV-cache block belongs to whom. Imports no torch.
 
-The cache is ``num_blocks`` blocks of ``block_size`` token slots. With layers of several kinds (``engine/layer_groups.py``)
-each of ``G`` groups has a block of its own for the same tokens, all from one pool: a holder's ``block_ids[j * G + g]`` is
-where group g keeps its tokens from j * block_size on, or NO_BLOCK where the group's window has left them behind.
+The cache is ``num_blocks`` blocks of ``block_size`` token slots. With layers of several kinds (layer_groups.py) each of
+``G`` groups has a block of its own for the same tokens, all from one pool: a holder's ``block_ids[j * G + g]`` is where
+group g keeps its tokens from j * block_size on, or NO_BLOCK where the group's window has left them behind.
 
-A request gets blocks in three ways: ``find_prefix`` and ``admit`` give it what is there already (cached by its hash
-chain, a sibling's, or its own in host memory), ``ensure`` gives it empty ones, and ``preempt`` and ``free`` take all back.
-``commit`` tells which tokens are in the cache, so that others can share them. Each changes nothing when it says no.
+``find_prefix`` and ``admit`` give a request what is there already (cached by its hash chain, a sibling's, or its own in
+host memory), ``ensure`` gives it empty blocks, ``preempt`` and ``free`` take all back. ``commit`` tells which tokens are
+computed, so that others can share them. What says no has changed nothing.
 
 What must be copied before the next step runs is collected, and handed out by ``take_transfers``.
 """
@@ -19,7 +19,7 @@ from typing import Protocol
 
 from pagedattn.engine.block_pool import BlockPool
 from pagedattn.engine.prefix_tree import NO_BLOCK, PrefixHashes, PrefixNode
-from pagedattn.engine.swap_space import SwapSpace
+from pagedattn.engine.swap_space import PreemptionKind, SwapSpace
 
 
 class BlockHolder(Protocol):
@@ -54,8 +54,9 @@ class BlockTransfers:
 class CachedPrefix:
     """The first ``num_tokens`` tokens of a request, which need not be computed, and where they are.
 
-    ``block_ids`` are shared as they are. Entries that are NO_BLOCK there are filled from a block that is another's
-    (``copied``) or in host memory (``restored``), by index, or have left the window. ``num_taken`` free blocks are used.
+    ``block_ids`` are shared as they are. An entry that is NO_BLOCK gets a block filled from another request's
+    (``copied``, by index) or from host memory (``restored``), or has left the window. ``num_taken``: the free blocks
+    that this uses up.
     """
 
     num_tokens: int = 0
@@ -132,6 +133,11 @@ class BlockManager:
         seen = [window and -(-(window - 1 + max_step_tokens) // self.block_size) + 1 for window in self.windows]
         return sum(needed if count is None else min(needed, count) for count in seen)
 
+    def num_missing(self, prefix: CachedPrefix, num_tokens: int, max_step_tokens: int) -> int:
+        """The free blocks that a request with this prefix comes to need until ``num_tokens`` tokens are computed."""
+        missing = prefix.num_taken + max(0, self.blocks_for(num_tokens) - len(prefix.block_ids))
+        return min(missing, self.peak_blocks(num_tokens, max_step_tokens)) if self._has_windows else missing
+
     def num_unfilled_slots(self, holder: BlockHolder, num_tokens: int) -> int:
         """Slots in the holder's blocks beyond its first ``num_tokens`` tokens."""
         return len(holder.block_ids) * self.block_size - num_tokens * self.num_groups
@@ -164,14 +170,11 @@ class BlockManager:
             return None
         return self._shared(num_hit * self.block_size, [id_ for node in path[:num_hit] for id_ in node.block_ids])
 
-    def admit(self, holder: BlockHolder, prefix: CachedPrefix, num_tokens: int, num_spare: int = 0) -> bool:
-        """Give a request its prefix and blocks for ``num_tokens`` tokens, the prefix's included.
-
-        False, and no change, when ``num_spare`` free blocks would not remain. ``prefix``: what ``find_prefix`` has just
-        answered.
-        """
+    def admit(self, holder: BlockHolder, prefix: CachedPrefix, num_tokens: int) -> bool:
+        """Give a request its prefix, as ``find_prefix`` has just found it, and blocks for ``num_tokens`` tokens, the
+        prefix's included. False, and no change, when too few are free."""
         num_empty = max(0, self.blocks_for(num_tokens) - len(prefix.block_ids))
-        if prefix.num_taken + num_empty + num_spare > self.num_free:
+        if prefix.num_taken + num_empty > self.num_free:
             return False
         assert not holder.block_ids, f"{holder.request_id} is admitted and holds blocks"
         self._unexpect(holder)
@@ -214,13 +217,13 @@ class BlockManager:
         if self._has_windows:
             self._release_unseen(holding)
 
-    def preempt(self, holder: BlockHolder) -> bool:
+    def preempt(self, holder: BlockHolder, kind: PreemptionKind = "recompute") -> bool:
         """Take back all blocks of a running request. True: its tokens are kept in host memory; False: they are gone."""
         holding = self._holdings[holder.request_id]
         keeps = holder.request_id in self._restored
         if keeps:  # it came back in this very schedule: nothing has been copied yet
             self._restored.remove(holder.request_id)
-        elif holding.admitted_in != self._num_schedules and self._prefers_swap(holder):
+        elif holding.admitted_in != self._num_schedules and self._prefers_swap(holder, kind):
             stored = self.swap_space.store(
                 holder.request_id, holder.block_ids[: self.blocks_for(holder.num_computed_tokens)]
             )
@@ -383,16 +386,18 @@ class BlockManager:
         num_taken = self._num_revived(block_ids) + len(restored)
         return CachedPrefix(holder.num_computed_tokens, block_ids, {}, restored, num_taken)
 
-    def _prefers_swap(self, holder: BlockHolder) -> bool:
+    def _prefers_swap(self, holder: BlockHolder, kind: PreemptionKind) -> bool:
         """Tokens in blocks that others hold too are still there when the victim returns: only the rest is lost."""
-        num_tokens, num_kept = holder.num_computed_tokens, 0
-        if self.swap_space.needs_costs:
-            num_holders, num_groups = self._pool.num_holders, self.num_groups
-            for start in range(0, self.blocks_for(num_tokens), num_groups):
-                if any(num_holders[block_id] < 2 for block_id in holder.block_ids[start : start + num_groups]):
-                    break
-                num_kept += self.block_size
-        return num_tokens > 0 and self.swap_space.prefers_swap(num_tokens, num_tokens - num_kept)
+        num_tokens, num_kept, num_groups = holder.num_computed_tokens, 0, self.num_groups
+        if kind != "cheapest" or self.swap_space.costs is None or not num_tokens:
+            return kind == "swap" and num_tokens > 0
+        num_holders = self._pool.num_holders
+        for start in range(0, self.blocks_for(num_tokens), num_groups):
+            if any(num_holders[block_id] < 2 for block_id in holder.block_ids[start : start + num_groups]):
+                break
+            num_kept += self.block_size
+        costs = self.swap_space.costs
+        return costs.swap(num_tokens) < costs.recompute(max(0, num_tokens - num_kept))
 
     def _share_computed(self, holding: _Holding) -> None:
         """Full blocks that are computed now can be found by their hash."""

@@ -6,11 +6,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from pagedattn.engine.prefix_tree import NO_BLOCK
 
-PreemptionMode = Literal["recompute", "swap", "cheapest"]
+# What happens to a victim's tokens: computed again, kept in host memory while there is room, or what costs less.
+PreemptionKind = Literal["recompute", "swap", "cheapest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class PreemptionCosts:
     swap_seconds: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.lengths) < 2 or self.lengths[0] < 1 or any(b <= a for a, b in zip(self.lengths, self.lengths[1:])):
+        if len(self.lengths) < 2 or self.lengths[0] < 1 or any(b <= a for a, b in pairwise(self.lengths)):
             raise ValueError(f"lengths={self.lengths} is not allowed: at least two, >= 1 and ascending")
         for name in ("recompute_seconds", "swap_seconds"):
             seconds = getattr(self, name)
@@ -53,30 +55,16 @@ class PreemptionCosts:
 
 
 class SwapSpace:
-    """``num_blocks`` blocks of host memory, and whose tokens are in them.
+    """``num_blocks`` blocks of host memory, and whose tokens are in them. ``costs`` None: swapping is never cheaper."""
 
-    ``mode``: a victim is always recomputed, always swapped while there is room, or what ``costs`` say is cheaper.
-    """
-
-    def __init__(
-        self, num_blocks: int = 0, mode: PreemptionMode = "recompute", costs: PreemptionCosts | None = None
-    ) -> None:
+    def __init__(self, num_blocks: int = 0, costs: PreemptionCosts | None = None) -> None:
         if num_blocks < 0:
             raise ValueError(f"num_blocks={num_blocks} is not allowed: it must be >= 0")
-        if mode not in ("recompute", "swap", "cheapest"):
-            raise ValueError(f"mode={mode!r} is not allowed: it must be one of recompute, swap, cheapest")
-        if mode == "cheapest" and num_blocks and costs is None:
-            raise ValueError("costs=None is not allowed with mode='cheapest': it chooses by them")
         self.num_blocks = num_blocks
-        self.mode = mode
         self.costs = costs
         # The lowest ids come first, in ascending runs: a run of blocks is one copy.
         self._free_ids = list(range(num_blocks - 1, -1, -1))
         self._tables: dict[str, list[int]] = {}
-
-    @property
-    def needs_costs(self) -> bool:
-        return self.num_blocks > 0 and self.mode == "cheapest"
 
     @property
     def num_used(self) -> int:
@@ -89,14 +77,8 @@ class SwapSpace:
         """The request's host blocks in the places of its device blocks; NO_BLOCK where it had none."""
         return self._tables[request_id]
 
-    def prefers_swap(self, num_held_tokens: int, num_lost_tokens: int) -> bool:
-        """Whether to swap a victim out. ``num_lost_tokens``: those of its tokens that nobody else keeps cached."""
-        if self.mode == "cheapest" and self.costs is not None:
-            return self.costs.swap(num_held_tokens) < self.costs.recompute(num_lost_tokens)
-        return self.mode == "swap"
-
     def store(self, request_id: str, block_ids: Sequence[int]) -> list[tuple[int, int]] | None:
-        """Host blocks for device blocks: the pairs (device, host) to copy. None, and no change, when too few are free."""
+        """Host blocks for device blocks: pairs (device, host) to copy. None, and no change, when too few are free."""
         num_blocks = sum(block_id != NO_BLOCK for block_id in block_ids)
         if num_blocks > len(self._free_ids):
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pagedattn.engine import prefix_tree
 from pagedattn.engine.block_manager import BlockManager, BlockTransfers
-from pagedattn.engine.prefix_tree import NO_BLOCK, PrefixHashes
+from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampling_params import SamplingParams
-from pagedattn.engine.swap_space import PreemptionCosts, SwapSpace
+from pagedattn.engine.swap_space import PreemptionCosts, PreemptionKind, SwapSpace
 
 Content = tuple[int, str, tuple[int, ...]]  # group, salt, and all tokens up to the slot's: what attention would read
 
@@ -84,7 +84,6 @@ class BlockManagerMachine(RuleBasedStateMachine):
         windows=st.sampled_from(WINDOWS),
         caching=st.booleans(),
         num_host_blocks=st.sampled_from([0, 6, 60]),
-        mode=st.sampled_from(["recompute", "swap", "cheapest"]),
     )
     def start(
         self,
@@ -93,14 +92,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
         windows: tuple[int | None, ...],
         caching: bool,
         num_host_blocks: int,
-        mode: Any,
     ) -> None:
         self.manager = BlockManager(
             num_blocks * len(windows),
             block_size,
             windows=windows,
             enable_prefix_caching=caching,
-            swap_space=SwapSpace(num_host_blocks, mode, COSTS),
+            swap_space=SwapSpace(num_host_blocks, COSTS),
         )
         self.memory = Memory(self.manager)
         self.waiting: list[Request] = []
@@ -150,8 +148,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for request in list(self.waiting):
             if request not in gone and self.random.random() < 0.7:
                 self.admit(request, planned)
-        for victim in [victim for victim in self.running if self.random.random() < 0.08]:
-            gone.append(self.preempt(victim, planned))
+        unlucky = [request for request in self.running if self.random.random() < 0.08]
+        gone += [self.preempt(victim, planned) for victim in unlucky]
         self.manager.check_integrity()
         transfers = self.manager.take_transfers()
         if self.random.random() < 0.05:
@@ -180,12 +178,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         if request.request_id in self.swapped:
             assert prefix.num_tokens == request.num_computed_tokens > 0
         count = self.random.randint(1, request.num_tokens - prefix.num_tokens)
-        num_spare = self.random.choice([0, 0, 3])
-        if not self.manager.admit(request, prefix, prefix.num_tokens + count, num_spare):
+        if not self.manager.admit(request, prefix, prefix.num_tokens + count):
             assert self.manager.num_free == num_free
             assert not request.block_ids
             return
-        assert self.manager.num_free >= num_spare
         self.swapped.discard(request.request_id)
         request.num_computed_tokens = prefix.num_tokens
         self.waiting.remove(request)
@@ -194,7 +190,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def preempt(self, victim: Request, planned: dict[Request, tuple[int, int]]) -> Request:
         planned.pop(victim, None)
-        if self.manager.preempt(victim):
+        if self.manager.preempt(victim, self.random.choice(get_args(PreemptionKind))):
             self.swapped.add(victim.request_id)
         else:
             victim.num_computed_tokens = 0
