@@ -4,8 +4,8 @@ The cache is ``num_blocks`` blocks of ``block_size`` token slots. With layers of
 ``G`` groups has a block of its own for the same tokens, all from one pool: a holder's ``block_ids[j * G + g]`` is where
 group g keeps its tokens from j * block_size on, or NO_BLOCK where the group's window has left them behind.
 
-``find_prefix`` and ``admit`` give a request what is there already (cached by its hash chain, a sibling's, or its own in
-host memory), ``ensure`` gives it empty blocks, ``preempt`` and ``free`` take all back. ``commit`` tells which tokens are
+``find_prefix`` and ``admit`` give a request what is there (cached by its hash chain, a sibling's, or its own in host
+memory), ``ensure`` gives it empty blocks, ``preempt`` and ``free`` take all back. ``commit`` tells which tokens are
 computed, so that others can share them. What says no has changed nothing.
 
 What must be copied before the next step runs is collected, and handed out by ``take_transfers``.
