@@ -53,6 +53,8 @@ class BatchingPolicy:
     up its blocks, until there are enough; "preempt_starved": who finds none sits out the step, and the newest of these
     give up theirs until the others fit; "stall": who finds none sits out, and only when nobody can go on the newest
     gives up its blocks; "never": it cannot happen.
+    ``preempt_by``: its tokens are forgotten and computed again ("recompute"), kept in host memory as far as there is room
+    ("swap"), or what costs less ("cheapest").
     ``requeue``: who gave up its blocks waits in its "own_place", or at the "tail".
     """
 
@@ -73,6 +75,7 @@ class BatchingPolicy:
     mix: bool = True
     chunk_unit: Literal["token", "block"] = "token"
     pad: bool = False
+    preempt_by: Literal["recompute", "swap", "cheapest"] = "recompute"
     requeue: Literal["own_place", "tail"] = "own_place"
 
     def __post_init__(self) -> None:
@@ -122,6 +125,7 @@ POLICIES: dict[str, BatchingPolicy] = {
         order="decode_first",
         prefill="chunked",
         when_full="preempt_last",
+        preempt_by="cheapest",
     ),
     # The textbook's static batching: a padded rectangle that runs until its last sequence ends. Its tokens are handed
     # out as they are produced, not when the batch ends, which favours this baseline in time to first token and latency.
@@ -209,6 +213,7 @@ POLICIES: dict[str, BatchingPolicy] = {
         order="decode_first",
         prefill="chunked",
         when_full="preempt_starved",
+        preempt_by="swap",
     ),
 }
 

@@ -16,15 +16,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pagedattn.engine.block_manager import BlockManager
+from pagedattn.engine.block_manager import BlockManager, BlockTransfers, CachedPrefix
 from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredictor
 from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue
 from pagedattn.engine.policy import BatchingPolicy
+from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.request import Request
 from pagedattn.engine.waiting_queue import KeyedQueue
 
 # How fast a step can be: a faster one counts at once, slower ones slowly, so that nobody is dropped for one slow step.
 _STEP_TIME_GROWTH = 1.02
+
+
+NO_TRANSFERS = BlockTransfers()
 
 
 class RequestRejectedError(ValueError):
@@ -55,6 +59,7 @@ class StepPlan:
     num_padding_tokens: int = 0
     preempted: tuple[Request, ...] = ()
     dropped: tuple[Request, ...] = ()
+    transfers: BlockTransfers = NO_TRANSFERS  # to be made before the step
 
     @property
     def num_seqs(self) -> int:
@@ -133,14 +138,15 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestRejectedError when all blocks together could not hold it."""
-        if request.max_cached_tokens > self.block_manager.capacity:
+        if self._peak_blocks(request.max_cached_tokens) > self.block_manager.num_blocks:
             raise RequestRejectedError(
                 f"the request can come to {request.max_num_tokens} tokens (prompt {request.num_prompt_tokens}), which "
-                f"need {self.block_manager.blocks_for(request.max_cached_tokens)} KV blocks; there are "
+                f"need {self._peak_blocks(request.max_cached_tokens)} KV blocks; there are "
                 f"{self.block_manager.num_blocks} of {self.block_manager.block_size} tokens"
             )
         self._number(request)
         self.waiting.add(request)
+        self.block_manager.expect(request)
         if request.next_deadline is not None:
             self._deadlines.add(request)
 
@@ -169,6 +175,7 @@ class Scheduler:
         """The step ran: these tokens are in the cache, and the token that followed is the request's."""
         request = scheduled.request
         request.num_computed_tokens = scheduled.num_computed_tokens + scheduled.num_tokens
+        self.block_manager.commit(request)
         if scheduled.needs_sample and self.waiting.accounts:
             self.waiting.served(request)
 
@@ -181,6 +188,7 @@ class Scheduler:
             self.predictor.observe(request)
         self._deadlines.remove(request)
         if self.waiting.remove(request):
+            self.block_manager.free(request)
             return
         self.running.remove(request)
         self._is_closed = False
@@ -193,23 +201,25 @@ class Scheduler:
 
     def block_usage(self, plan: StepPlan | None = None) -> BlockUsage:
         """The blocks now, or with the tokens of ``plan`` in them."""
-        block_size = self.block_manager.block_size
+        block_size, num_unfilled_slots = self.block_manager.block_size, self.block_manager.num_unfilled_slots
         num_planned = {item.request: item.num_tokens for item in plan.scheduled} if plan is not None else {}
-        num_filled = max_wasted = 0
-        for request in self.running:
-            num_tokens = request.num_computed_tokens + num_planned.get(request, 0)
-            num_filled += num_tokens
-            max_wasted = max(max_wasted, len(request.block_ids) * block_size - num_tokens)
-        for request in self.lingering:
-            max_wasted = max(max_wasted, len(request.block_ids) * block_size)
+        wasted = [
+            num_unfilled_slots(request, request.num_computed_tokens + num_planned.get(request, 0))
+            for request in self.running
+        ]
+        # A padded batch's ended rows use nothing of what they hold.
+        wasted += [len(request.block_ids) * block_size for request in self.lingering]
         num_used = self.block_manager.num_used
-        return BlockUsage(self.block_manager.num_blocks, num_used, num_used * block_size, num_filled, max_wasted)
+        num_slots = num_used * block_size
+        return BlockUsage(
+            self.block_manager.num_blocks, num_used, num_slots, num_slots - sum(wasted), max(wasted, default=0)
+        )
 
     def check_integrity(self) -> None:
         """Blocks are whole, and held by running and lingering requests only. Raises AssertionError."""
         self.block_manager.check_integrity()
-        num_held = sum(len(request.block_ids) for request in [*self.running, *self.lingering])
-        assert num_held == self.block_manager.num_used, f"{self.block_manager.num_used} blocks used, {num_held} held"
+        held = {id_ for request in [*self.running, *self.lingering] for id_ in request.block_ids if id_ != NO_BLOCK}
+        assert len(held) == self.block_manager.num_used, f"{self.block_manager.num_used} blocks used, {len(held)} held"
         assert len(self.running) <= self.max_num_seqs, f"{len(self.running)} running, at most {self.max_num_seqs}"
         waiting = list(self.waiting)
         assert len(waiting) == len(self.waiting), f"{len(self.waiting)} said to wait, {len(waiting)} do"
@@ -330,14 +340,19 @@ class Scheduler:
         self.running.remove(victim)
         self._take_back_tokens(victim, step)
         step.preempted.append(victim)
-        self.block_manager.free(victim)
-        victim.num_computed_tokens = 0
+        self._release(victim)
         victim.num_preemptions += 1
         if self.policy.requeue == "tail":
             victim.queue_time = step.now
             self._number(victim)
         self.waiting.put_back(victim)
+        self.block_manager.expect(victim)
         self._is_closed = self.policy.join_after_preemption == "when_one_ended"
+
+    def _release(self, request: Request) -> None:
+        """Its blocks are free, and what it has computed is kept in host memory or forgotten."""
+        if not self.block_manager.preempt(request, self.policy.preempt_by):
+            request.num_computed_tokens = 0
 
     def _relieve_starved(self, step: _StepInTheMaking) -> None:
         """Requests that found no block: the newest give up theirs, as far as the policy wants it."""
@@ -383,23 +398,31 @@ class Scheduler:
     def _join_next(self, step: _StepInTheMaking) -> None:
         policy, waiting = self.policy, self.waiting
         misfits: list[Request] = []
+        deferred: list[Request] = []  # what they would compute next is being computed
         num_may_pass = self.max_num_seqs  # how many may still join past the misfits
         while waiting and len(self.running) < self.max_num_seqs and num_may_pass > 0 and self._has_room(step):
             request = waiting.take(step.now)
-            # Tokens that are in the cache already would be counted in num_computed_tokens from here on.
+            prefix = self.block_manager.find_prefix(request)
+            if prefix is None:
+                deferred.append(request)
+                if len(deferred) == self.max_num_seqs:
+                    break
+                continue
+            num_kept, request.num_computed_tokens = request.num_computed_tokens, prefix.num_tokens
             num_tokens = self._num_step_tokens(request, step)
-            if num_tokens and self._reserve(request, num_tokens):
+            if num_tokens and self._reserve(request, prefix, num_tokens):
                 self._join(request, num_tokens, step)
                 num_may_pass -= bool(misfits)
                 for misfit in misfits:
                     misfit.num_overtaken += 1
                 continue
+            request.num_computed_tokens = num_kept
             misfits.append(request)
             if not num_tokens or len(misfits) > policy.overtake_window:
                 break
             if policy.max_overtakes is not None:
                 num_may_pass = min(num_may_pass, policy.max_overtakes - request.num_overtaken)
-        for request in misfits:
+        for request in [*misfits, *deferred]:
             waiting.put_back(request)
 
     def _has_room(self, step: _StepInTheMaking) -> bool:
@@ -409,7 +432,7 @@ class Scheduler:
         has_budget = step.token_budget > 0 or self.policy.prefill == "whole"
         return has_budget and self.block_manager.num_free > self.policy.headroom_blocks * len(self.running)
 
-    def _reserve(self, request: Request, num_tokens: int) -> bool:
+    def _reserve(self, request: Request, prefix: CachedPrefix, num_tokens: int) -> bool:
         """The blocks that a request holds when it joins; False, and none taken, when it has to wait."""
         policy = self.policy
         wanted = {
@@ -417,11 +440,23 @@ class Scheduler:
             "sequence": request.num_tokens,
             "max_tokens": request.max_cached_tokens,
         }
-        num_needed = self.block_manager.blocks_for(wanted[policy.must_fit]) - len(request.block_ids)
+        max_step_tokens = self._max_step_tokens(wanted[policy.must_fit])
+        num_needed = self.block_manager.num_missing(prefix, wanted[policy.must_fit], max_step_tokens)
         num_needed += policy.headroom_blocks * len(self.running)
         if self.running and policy.watermark_gates == "each_join":
             num_needed += self._num_watermark_blocks
-        return num_needed <= self.block_manager.num_free and self.block_manager.ensure(request, wanted[policy.reserve])
+        return num_needed <= self.block_manager.num_free and self.block_manager.admit(
+            request, prefix, wanted[policy.reserve]
+        )
+
+    def _peak_blocks(self, num_tokens: int) -> int:
+        """The most blocks that a request of so many tokens comes to hold."""
+        return self.block_manager.peak_blocks(num_tokens, self._max_step_tokens(num_tokens))
+
+    def _max_step_tokens(self, num_tokens: int) -> int:
+        """The most of a request's tokens whose blocks are taken at once: layers with windows hold the others' no more."""
+        is_cut = self.policy.reserve == "step" and not self.policy.is_whole
+        return min(num_tokens, self.max_num_batched_tokens) if is_cut else num_tokens
 
     def _join(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
         self.running.append(request)
@@ -433,10 +468,10 @@ class Scheduler:
         """Undo ``_join``."""
         self.running.remove(request)
         self._take_back_tokens(request, step)
-        self.block_manager.free(request)
-        request.num_computed_tokens = 0
+        self._release(request)
         self.waiting.withdrawn(request)
         self.waiting.put_back(request)
+        self.block_manager.expect(request)
 
     def _number(self, request: Request) -> None:
         """Its place among requests of the same time: behind all that have one."""
@@ -490,6 +525,7 @@ class Scheduler:
             num_padding_tokens=self._num_padding_tokens(step.num_tokens.values()),
             preempted=tuple(step.preempted),
             dropped=tuple(step.dropped),
+            transfers=self.block_manager.take_transfers(),
         )
 
     def _num_padding_tokens(self, num_tokens: Iterable[int]) -> int:
