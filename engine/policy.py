@@ -53,7 +53,7 @@ class BatchingPolicy:
     up its blocks, until there are enough; "preempt_starved": who finds none sits out the step, and the newest of these
     give up theirs until the others fit; "stall": who finds none sits out, and only when nobody can go on the newest
     gives up its blocks; "never": it cannot happen.
-    ``preempt_by``: its tokens are forgotten and computed again ("recompute"), kept in host memory as far as there is room
+    ``preempt_by``: its tokens are forgotten and computed again ("recompute"), kept in host memory while there is room
     ("swap"), or what costs less ("cheapest").
     ``requeue``: who gave up its blocks waits in its "own_place", or at the "tail".
     """

@@ -454,7 +454,7 @@ class Scheduler:
         return self.block_manager.peak_blocks(num_tokens, self._max_step_tokens(num_tokens))
 
     def _max_step_tokens(self, num_tokens: int) -> int:
-        """The most of a request's tokens whose blocks are taken at once: layers with windows hold the others' no more."""
+        """The most of a request's tokens whose blocks are taken at once; windows let go of those before them."""
         is_cut = self.policy.reserve == "step" and not self.policy.is_whole
         return min(num_tokens, self.max_num_batched_tokens) if is_cut else num_tokens
 

@@ -50,13 +50,14 @@ class FakeDecoder:
     def forward(self, batch: BatchTensors, cache: Tensor) -> Tensor:
         if self.before_forward is not None:
             self.before_forward(batch)
-        written = batch.slot_mapping >= 0
-        cache[batch.slot_mapping[written]] = batch.input_ids[written]
+        slot_mapping, block_table = batch.slot_mapping[0], batch.block_table[0]
+        written = slot_mapping >= 0
+        cache[slot_mapping[written]] = batch.input_ids[written]
         logits = torch.zeros(len(batch.logits_indices), VOCAB_SIZE)
         for row, index in enumerate(batch.logits_indices.tolist()):
             sequence = int(torch.searchsorted(batch.query_start_loc, index, right=True)) - 1
             positions = torch.arange(int(batch.seq_lens[sequence]))
-            blocks = batch.block_table[sequence].long()[positions // self.block_size]
+            blocks = block_table[sequence].long()[positions // self.block_size]
             token_ids = cache[blocks * self.block_size + positions % self.block_size].tolist()
             logits[row, next_token(token_ids)] = 9.0
             if any(token_ids[: len(prompt)] == prompt for prompt in self.nan_prompts):
