@@ -8,7 +8,8 @@ import torch
 
 from pagedattn.engine.batch import prepare_batch
 from pagedattn.engine.block_manager import BlockManager
-from pagedattn.engine.model import Decoder, KVCache
+from pagedattn.engine.kv_cache import KVCache
+from pagedattn.engine.model import Decoder
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import sample
 from pagedattn.engine.sampling_params import SamplingParams

@@ -82,6 +82,11 @@ class KVCache:
             for pool in self._pools
         ]
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Each group's sliding window, None for full attention."""
+        return self.groups.windows
+
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block takes over the layers of a group, keys and values together."""

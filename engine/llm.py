@@ -14,7 +14,7 @@ import torch
 from pagedattn.engine.cache_size import default_num_blocks
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.engine import Engine
-from pagedattn.engine.model import KVCache
+from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.orders import QueueOrder
 from pagedattn.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from pagedattn.engine.policy import BatchingPolicy

@@ -49,6 +49,7 @@ class Request:
         self.siblings: list[Request] = []
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # computed already when it joined for the first time
         self.num_preemptions = 0
         self.max_num_tokens = max_num_tokens
         self.arrival_time = arrival_time

@@ -122,6 +122,8 @@ class Scheduler:
         self.waiting = make_queue(order, self.predictor)
         self.running: list[Request] = []  # in the order they started
         self.lingering: list[Request] = []  # finished; padded rows of a batch that still runs, blocks held
+        self.prefix_cache_queries = 0  # prompt tokens of requests when they joined for the first time
+        self.prefix_cache_hits = 0  # those of them that were not computed
         self._deadlines = KeyedQueue(self._next_deadline_check)
         self._chunk_unit = block_manager.block_size if policy.chunk_unit == "block" else 1
         self._num_watermark_blocks = int(policy.watermark * block_manager.num_blocks)
@@ -394,6 +396,12 @@ class Scheduler:
         for request in step.joined:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = step.now
+                self._count_cached(request)
+
+    def _count_cached(self, request: Request) -> None:
+        request.num_cached_tokens = request.num_computed_tokens
+        self.prefix_cache_queries += request.num_prompt_tokens
+        self.prefix_cache_hits += request.num_cached_tokens
 
     def _join_next(self, step: _StepInTheMaking) -> None:
         policy, waiting = self.policy, self.waiting

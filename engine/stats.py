@@ -57,6 +57,9 @@ class EngineStats:
     num_failed: int
     num_aborted: int
     num_dropped: int  # could not meet their deadline
+    num_swaps: int  # preemptions that kept a request's tokens in host memory
+    prefix_cache_queries: int  # prompt tokens of sequences that started
+    prefix_cache_hits: int  # those of them that were in the cache
     ttft: Distribution | None  # arrival to first token
     latency: Distribution | None  # arrival to the end, of finished requests
     inter_token_latency: Distribution | None  # between two tokens of a request
