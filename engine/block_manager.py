@@ -122,6 +122,11 @@ class BlockManager:
     def num_used(self) -> int:
         return self._pool.num_used
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that all blocks together hold."""
+        return self.num_blocks // self.num_groups * self.block_size
+
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold ``num_tokens`` tokens in all groups."""
         return -(-num_tokens // self.block_size) * self.num_groups

@@ -148,7 +148,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for request in list(self.waiting):
             if request not in gone and self.random.random() < 0.7:
                 self.admit(request, planned)
-        unlucky = [request for request in self.running if self.random.random() < 0.08]
+        # Above all those that have just joined, and whose blocks are not filled yet.
+        unlucky = [
+            request
+            for request in self.running
+            if self.random.random() < (0.2 if request in planned and planned[request][1] == 1 else 0.05)
+        ]
         gone += [self.preempt(victim, planned) for victim in unlucky]
         self.manager.check_integrity()
         transfers = self.manager.take_transfers()
