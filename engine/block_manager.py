@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pagedattn.engine.block_pool import BlockPool
+from pagedattn.engine.layer_groups import peak_blocks
 from pagedattn.engine.prefix_tree import NO_BLOCK, PrefixHashes, PrefixNode
 from pagedattn.engine.swap_space import PreemptionKind, SwapSpace
 
@@ -133,10 +134,7 @@ class BlockManager:
 
     def peak_blocks(self, num_tokens: int, max_step_tokens: int) -> int:
         """The most blocks that a request of ``num_tokens`` tokens holds, computed ``max_step_tokens`` at a time."""
-        needed = -(-num_tokens // self.block_size)
-        # The window before the step, the step, and a block that both its ends lie within.
-        seen = [window and -(-(window - 1 + max_step_tokens) // self.block_size) + 1 for window in self.windows]
-        return sum(needed if count is None else min(needed, count) for count in seen)
+        return peak_blocks(self.windows, self.block_size, num_tokens, max_step_tokens)
 
     def num_missing(self, prefix: CachedPrefix, num_tokens: int, max_step_tokens: int) -> int:
         """The free blocks that a request with this prefix comes to need until ``num_tokens`` tokens are computed."""

@@ -58,6 +58,7 @@ class KVCache:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         self.groups = group_layers(config.layer_windows)
         self.num_blocks = num_blocks
+        self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.null_block = num_blocks
         self.device = torch.device(device)

@@ -51,6 +51,15 @@ def group_layers(layer_windows: Sequence[int | None]) -> LayerGroups:
     return LayerGroups(tuple(windows), size, tuple(groups), tuple(indices))
 
 
+def peak_blocks(windows: Sequence[int | None], block_size: int, num_tokens: int, max_step_tokens: int) -> int:
+    """The most blocks that a request of ``num_tokens`` tokens holds in groups with these windows, when the blocks of at
+    most ``max_step_tokens`` tokens are taken at once."""
+    num_needed = -(-num_tokens // block_size)
+    # The window before the step, the step, and a block that both its ends lie within.
+    num_seen = [window and -(-(window - 1 + max_step_tokens) // block_size) + 1 for window in windows]
+    return sum(num_needed if count is None else min(num_needed, count) for count in num_seen)
+
+
 def _empty_share(counts: Collection[int], size: int) -> float:
     num_rooms = sum(-(-count // size) * size for count in counts)
     return 1 - sum(counts) / num_rooms

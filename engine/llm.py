@@ -11,17 +11,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from pagedattn.engine.cache_size import default_num_blocks
+from pagedattn.engine.cache_size import default_num_blocks, longest_sequence
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.engine import Engine
 from pagedattn.engine.kv_cache import KVCache
+from pagedattn.engine.layer_groups import group_layers
 from pagedattn.engine.orders import QueueOrder
 from pagedattn.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from pagedattn.engine.policy import BatchingPolicy
+from pagedattn.engine.policy import BatchingPolicy, resolve_policy
+from pagedattn.engine.preemption_costs import measure_preemption_costs
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, is_token_ids, tokenize_prompt
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import RequestRejectedError
 from pagedattn.engine.scheduling_params import SchedulingParams
+from pagedattn.engine.swap_space import SwapSpace
 from pagedattn.engine.weights import LoadedModel, load_model
 
 # A step of this many tokens keeps the device busy; a longer one would only make running requests wait.
@@ -48,6 +51,9 @@ class LLM:
         max_num_seqs: most sequences in a step.
         max_num_batched_tokens: most tokens in a step; None takes 8192 on CUDA and 512 on a CPU.
         policy: how batches are formed: a row of ``POLICIES`` by name, or a ``BatchingPolicy``.
+        enable_prefix_caching: requests with an equal beginning share its blocks, and compute it once.
+        swap_space: GiB of host memory for the blocks of preempted requests, where the policy keeps them; whether that
+            is cheaper than computing them again is measured when the engine starts.
         order: who joins a batch first: a row of ``ORDERS`` by name, or a ``QueueOrder``.
         seed: where requests without a seed get theirs from.
 
@@ -66,6 +72,8 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        swap_space: float = 0.0,
         policy: str | BatchingPolicy = "default",
         order: str | QueueOrder = "fcfs",
         seed: int = 0,
@@ -74,6 +82,8 @@ class LLM:
             raise ValueError(
                 f"gpu_memory_utilization={gpu_memory_utilization!r} is not allowed: it must be a number in (0, 1]"
             )
+        if not isinstance(swap_space, int | float) or not 0.0 <= swap_space < float("inf"):
+            raise ValueError(f"swap_space={swap_space!r} is not allowed: it must be a finite number of GiB >= 0")
         # Bad sizes are found before a model is loaded for minutes: None stands for a size that memory decides.
         EngineConfig(
             num_blocks=1 if num_blocks is None else num_blocks,
@@ -81,6 +91,7 @@ class LLM:
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=1 if max_num_batched_tokens is None else max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
             policy=policy,
             order=order,
             seed=seed,
@@ -104,30 +115,38 @@ class LLM:
                 max_num_batched_tokens=max_num_batched_tokens,
                 gpu_memory_utilization=gpu_memory_utilization,
             )
-        capacity = num_blocks * block_size
-        if max_model_len is not None and max_model_len > capacity:
+        max_step_tokens = max_num_batched_tokens if resolve_policy(policy).takes_blocks_stepwise else None
+        groups = group_layers(loaded.config.layer_windows)
+        fitting = longest_sequence(groups, num_blocks, block_size, max_step_tokens, limit=longest)
+        if (max_model_len or 1) > fitting:
             raise ValueError(
-                f"max_model_len={max_model_len} is not allowed: the KV cache holds {capacity} tokens "
+                f"max_model_len={max_model_len} is not allowed: the KV cache holds {fitting} tokens "
                 f"({num_blocks} blocks of {block_size})"
             )
         config = EngineConfig(
             num_blocks=num_blocks,
-            max_model_len=min(longest, capacity) if max_model_len is None else max_model_len,
+            max_model_len=fitting if max_model_len is None else max_model_len,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
             policy=policy,
             order=order,
             seed=seed,
         )
+        bytes_per_block = KVCache.bytes_per_block(loaded.config, block_size, loaded.decoder.dtype)
+        num_host_blocks = int(swap_space * 2**30) // bytes_per_block
+        cache = KVCache(loaded.config, num_blocks, block_size, loaded.decoder.dtype, self.device, num_host_blocks)
+        costs = measure_preemption_costs(loaded.decoder, cache, config) if num_host_blocks else None
         self.engine = Engine(
             loaded.decoder,
-            KVCache(loaded.config, num_blocks, block_size, loaded.decoder.dtype, self.device),
+            cache,
             loaded.tokenizer,
             config,
             vocab_size=loaded.config.vocab_size,
             eos_token_ids=loaded.config.eos_token_ids,
             device=self.device,
+            swap_space=SwapSpace(num_host_blocks, costs),
         )
         self._lock = threading.Lock()
         self._inboxes: dict[str, deque[RequestOutput]] = {}

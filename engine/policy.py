@@ -107,6 +107,11 @@ class BatchingPolicy:
             raise ValueError("mix=False is not allowed unless order='waiting_first' and prompts are whole")
 
     @property
+    def takes_blocks_stepwise(self) -> bool:
+        """A request never takes the blocks of more than a step's tokens at once."""
+        return self.reserve == "step" and not self.is_whole
+
+    @property
     def is_whole(self) -> bool:
         """A prompt is computed in one step."""
         return self.prefill in ("whole", "whole_within_budget")

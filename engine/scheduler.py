@@ -463,8 +463,7 @@ class Scheduler:
 
     def _max_step_tokens(self, num_tokens: int) -> int:
         """The most of a request's tokens whose blocks are taken at once; windows let go of those before them."""
-        is_cut = self.policy.reserve == "step" and not self.policy.is_whole
-        return min(num_tokens, self.max_num_batched_tokens) if is_cut else num_tokens
+        return min(num_tokens, self.max_num_batched_tokens) if self.policy.takes_blocks_stepwise else num_tokens
 
     def _join(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
         self.running.append(request)
