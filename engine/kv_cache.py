@@ -110,7 +110,7 @@ class KVCache:
     def _swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
         sources = torch.tensor([source for source, _ in pairs]).to(self.device)
         for pool, host in zip(self._pools, self._host_pools, strict=True):
-            gathered = pool.movedim(2, 0).index_select(0, sources)
+            gathered = pool.movedim(2, 0)[sources].contiguous()
             for first, start, count in _runs([host_id for _, host_id in pairs]):
                 host[start : start + count].copy_(gathered[first : first + count], non_blocking=True)
 
@@ -120,7 +120,7 @@ class KVCache:
             gathered = torch.empty((len(pairs), *host.shape[1:]), dtype=host.dtype, device=self.device)
             for first, start, count in _runs([host_id for host_id, _ in pairs]):
                 gathered[first : first + count].copy_(host[start : start + count], non_blocking=True)
-            pool.movedim(2, 0).index_copy_(0, destinations, gathered)
+            pool.movedim(2, 0)[destinations] = gathered
 
 
 def _runs(ids: Sequence[int]) -> list[tuple[int, int, int]]:

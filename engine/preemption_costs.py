@@ -21,7 +21,7 @@ from pagedattn.engine.swap_space import PreemptionCosts
 
 # Short, middling and long; what lies between is interpolated, what is longer goes on as between the last two.
 LENGTHS = (16, 128, 512, 2048)
-LONGEST_ON_CPU = 512  # computing more would hold up the start for seconds
+LONGEST_ON_CPU = 128  # computing more would hold up the start for seconds
 
 
 @torch.inference_mode()
