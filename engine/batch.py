@@ -62,7 +62,7 @@ def prepare_batch(
     num_blocks = -(-seq_lens // block_size)
     block_table = np.zeros((len(scheduled), int(num_blocks.max()), num_groups), dtype=np.int32)
     for row, item, count in zip(block_table, scheduled, num_blocks.tolist(), strict=True):
-        row[:count].flat = item.request.block_ids[: count * num_groups]
+        row[:count] = np.reshape(item.request.block_ids[: count * num_groups], (count, num_groups))
     block_table[block_table == NO_BLOCK] = null_block
 
     slot_mapping = np.full((num_groups, num_rows), -1, dtype=np.int64)

@@ -11,6 +11,7 @@ from pagedattn.engine.request import Request
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import Scheduler, StepPlan
 from pagedattn.engine.scheduling_params import SchedulingParams
+from pagedattn.engine.swap_space import PreemptionCosts, SwapSpace
 
 PARAMS = SamplingParams()
 
@@ -101,9 +102,18 @@ def make_run(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 32,
     step_seconds: float = 1.0,
+    enable_prefix_caching: bool = False,
+    num_host_blocks: int = 0,
 ) -> SchedulerRun:
+    """``num_host_blocks``: swapping is cheaper from 8 tokens on."""
+    costs = PreemptionCosts((1, 16), (0.0, 15.0), (7.0, 7.0))
     scheduler = Scheduler(
-        BlockManager(num_blocks, block_size),
+        BlockManager(
+            num_blocks,
+            block_size,
+            enable_prefix_caching=enable_prefix_caching,
+            swap_space=SwapSpace(num_host_blocks, costs),
+        ),
         policy,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -131,7 +141,8 @@ def check_plan(scheduler: Scheduler, plan: StepPlan, running_before: list[Reques
             assert item.needs_sample, "a prompt that should be whole is cut"
     for request in (*plan.preempted, *plan.dropped):
         assert request not in scheduler.running
-        assert request.num_computed_tokens == 0 or request in plan.dropped
+        is_swapped = request.request_id in scheduler.block_manager.swap_space
+        assert request.num_computed_tokens == 0 or request in plan.dropped or is_swapped
         assert not request.block_ids or policy.pad
     joined = [request for request in scheduler.running if request not in running_before]
     check_budget(scheduler, plan, joined)
@@ -203,6 +214,9 @@ def check_work_conserved(scheduler: Scheduler, plan: StepPlan, joined: list[Requ
         return
     request = scheduler.waiting.take(now)
     scheduler.waiting.put_back(request)
+    if block_manager.find_prefix(request) is None:
+        assert scheduler.running, "a request waits for a prefix that nobody computes"
+        return
     num_first = request.num_tokens if policy.is_whole else min(request.num_tokens, left)
     if policy.prefill == "whole_within_budget" and num_first > left:
         return

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pagedattn.engine.cache_size import longest_sequence
 from pagedattn.engine.layer_groups import MAX_EMPTY_SHARE, group_layers, peak_blocks
 
-PATTERNS = {
+PATTERNS: dict[str, tuple[list[int | None], int, list[int | None]]] = {
     "llama": ([None] * 32, 32, [None]),
     "mistral": ([4096] * 32, 32, [4096]),
     "alternating": ([128, None] * 12, 12, [128, None]),
@@ -42,9 +42,9 @@ def test_every_layer_has_a_place_of_its_own(layer_windows: list[int | None]) -> 
 
 
 def held_blocks(window: int | None, block_size: int, num_tokens: int, step: int) -> int:
-    """The most blocks at once, by going through the steps one after the other."""
+    """The most blocks at once, with steps that begin anywhere."""
     most = 0
-    for start in range(0, num_tokens, step):
+    for start in range(num_tokens):
         end = min(start + step, num_tokens)
         first = 0 if window is None else max(0, start - window + 1)
         most = max(most, len({position // block_size for position in range(first, end)}))
@@ -61,7 +61,7 @@ def test_peak_is_never_passed_and_nearly_reached(
     windows: list[int | None], block_size: int, num_tokens: int, step: int
 ) -> None:
     held = sum(held_blocks(window, block_size, num_tokens, step) for window in windows)
-    assert held <= peak_blocks(windows, block_size, num_tokens, step) <= held + 2 * len(windows)
+    assert held <= peak_blocks(windows, block_size, num_tokens, step) <= held + len(windows)
 
 
 def test_the_longest_sequence_is_the_longest() -> None:

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pagedattn.engine.orders import ORDERS, QueueOrder
 from pagedattn.engine.policy import POLICIES, BatchingPolicy
+from pagedattn.engine.request import Request
 from pagedattn.engine.scheduler import RequestRejectedError
 from tests.engine.scheduler_run import make_request, make_run
 
@@ -48,6 +49,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 5),
         max_num_seqs=st.integers(1, 6),
         max_num_batched_tokens=st.integers(1, 30),
+        enable_prefix_caching=st.booleans(),
+        num_host_blocks=st.sampled_from([0, 0, 8, 60]),
     )
     def start(self, **sizes: int) -> None:
         self.run = make_run(self.policy, self.order, **sizes)
@@ -62,6 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         client=st.sampled_from("abc"),
         prefix=st.integers(1, 3),
         expected=st.none() | st.integers(1, 30),
+        are_siblings=st.booleans(),
         timeouts=st.just((None, None)) | st.tuples(st.none() | st.integers(1, 60), st.none() | st.integers(1, 60)),
     )
     def arrive(
@@ -73,8 +77,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         client: str,
         prefix: int,
         expected: int | None,
+        are_siblings: bool,
         timeouts: tuple[int | None, int | None],
     ) -> None:
+        together: list[Request] = []
         for _ in range(count):
             request = make_request(
                 str(self.num_added),
@@ -89,12 +95,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 timeout=timeouts[1],
             )
             self.num_added += 1
+            together.append(request)
             if request.max_cached_tokens > self.run.scheduler.block_manager.capacity:
                 with pytest.raises(RequestRejectedError):
                     self.run.add(request)
             else:
                 self.run.add(request)
                 self.unfinished += 1
+        for request in together if are_siblings else ():
+            request.siblings = [other for other in together if other is not request]
 
     @rule(num_steps=st.integers(1, 12))
     def step(self, num_steps: int) -> None:
@@ -133,7 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self.advance()
         assert not scheduler.has_unfinished, "some requests never end"
-        assert scheduler.block_manager.num_used == 0
+        assert scheduler.block_manager.num_used == scheduler.block_manager.swap_space.num_used == 0
         assert self.unfinished == 0
 
     def advance(self) -> None:
