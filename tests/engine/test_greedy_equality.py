@@ -24,7 +24,7 @@ from pagedattn.engine.weights import LoadedModel, load_model
 NUM_NEW_TOKENS = 64
 # Two prompts of each length, so that transformers can run them together without padding. Around block boundaries too.
 LENGTHS = (5, 9, 16, 17, 33, 63, 64, 100, 129, 200, 320, 600)
-SHORT = 20  # prompts of at most 200 tokens
+SHORT = 16  # prompts of at most 100 tokens
 MIN_MARGIN = 1e-4
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
 
@@ -173,7 +173,7 @@ def test_prefix_sharing(
     llm = LLM(
         model,
         block_size=block_size,
-        num_blocks=-(-(sum(LENGTHS[:-2]) + 10 * NUM_NEW_TOKENS) // block_size) + 20,
+        num_blocks=-(-(sum(LENGTHS[: SHORT // 2]) + 8 * NUM_NEW_TOKENS) // block_size) + 20,
         max_num_batched_tokens=max_num_batched_tokens,
     )
     hits = []
@@ -243,11 +243,11 @@ def test_forks(model: LoadedModel, prompts: list[list[int]], oracle: dict[str, A
 
 def test_a_system_prompt_is_computed_once(model: LoadedModel, prompts: list[list[int]]) -> None:
     system = prompts[-2]
-    questions = [[*system, *prompts[index]] for index in range(8)]
-    params = replace(GREEDY, max_tokens=16)
+    questions = [[*system, *prompts[index]] for index in range(4)]
+    params = replace(GREEDY, max_tokens=8)
     tokens = []
     for enable_prefix_caching in (False, True):
         llm = LLM(model, num_blocks=600, enable_prefix_caching=enable_prefix_caching)
         tokens.append([output.outputs[0].token_ids for output in llm.generate(questions, params)])
     assert tokens[0] == tokens[1]
-    assert llm.engine.stats().prefix_cache_hits >= 7 * (len(system) - len(system) % 16)
+    assert llm.engine.stats().prefix_cache_hits >= 3 * (len(system) - len(system) % 16)
