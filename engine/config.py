@@ -12,9 +12,10 @@ from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 class EngineConfig:
     """``num_blocks`` blocks of ``block_size`` token slots; at most ``max_num_seqs`` requests run together, and
     ``max_num_batched_tokens`` tokens are computed in a step; prompt and generation together have at most
-    ``max_model_len`` tokens. ``enable_prefix_caching``: requests share the blocks of equal beginnings. ``seed`` is
-    where requests without one get theirs from. ``policy``: a row of ``POLICIES`` by name, or a ``BatchingPolicy``.
-    ``order``: who joins first, a row of ``ORDERS`` by name, or a ``QueueOrder``.
+    ``max_model_len`` tokens. ``enable_prefix_caching``: requests share the blocks of equal beginnings.
+    ``swap_space``: GiB of host memory for the blocks of preempted requests. ``policy``: a row of ``POLICIES`` by name,
+    or a ``BatchingPolicy``. ``order``: who joins first, a row of ``ORDERS`` by name, or a ``QueueOrder``. ``seed`` is
+    where requests without one get theirs from.
     """
 
     num_blocks: int
@@ -23,6 +24,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
+    swap_space: float = 0.0
     policy: str | BatchingPolicy = "default"
     order: str | QueueOrder = "fcfs"
     seed: int = 0
@@ -34,6 +36,8 @@ class EngineConfig:
                 raise ValueError(f"{name}={value!r} is not allowed: it must be an int >= 1")
         if not isinstance(self.enable_prefix_caching, bool):
             raise ValueError(f"enable_prefix_caching={self.enable_prefix_caching!r} is not allowed: True or False")
+        if not isinstance(self.swap_space, int | float) or not 0.0 <= self.swap_space < float("inf"):
+            raise ValueError(f"swap_space={self.swap_space!r} is not allowed: it must be a finite number of GiB >= 0")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} is not allowed: it must be an int")
         resolve_policy(self.policy)

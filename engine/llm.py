@@ -82,8 +82,6 @@ class LLM:
             raise ValueError(
                 f"gpu_memory_utilization={gpu_memory_utilization!r} is not allowed: it must be a number in (0, 1]"
             )
-        if not isinstance(swap_space, int | float) or not 0.0 <= swap_space < float("inf"):
-            raise ValueError(f"swap_space={swap_space!r} is not allowed: it must be a finite number of GiB >= 0")
         # Bad sizes are found before a model is loaded for minutes: None stands for a size that memory decides.
         EngineConfig(
             num_blocks=1 if num_blocks is None else num_blocks,
@@ -92,6 +90,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=1 if max_num_batched_tokens is None else max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            swap_space=swap_space,
             policy=policy,
             order=order,
             seed=seed,
@@ -130,6 +129,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            swap_space=swap_space,
             policy=policy,
             order=order,
             seed=seed,
