@@ -6,7 +6,6 @@ group (layer_groups.py): layer i of every group uses the same tensors, each with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -63,25 +62,35 @@ class KVCache:
         self.null_block = num_blocks
         self.device = torch.device(device)
         stored = config.head_size // 2 if dtype == torch.uint8 else config.head_size
-        slots = (self.groups.size, 2, num_blocks + self.groups.has_windows, block_size, config.num_kv_heads)
-        storage = torch.empty((*slots, stored), dtype=dtype, device=device)
-        self._pools = [storage]  # [size, 2, blocks, block_size, ...]
-        if dtype in ops.QUANTIZED_DTYPES:
-            self._pools.append(torch.empty(slots, dtype=torch.float32, device=device))
-        layers = [LayerCache(*(half for pool in pools for half in pool)) for pools in zip(*self._pools, strict=True)]
+        is_quantized = dtype in ops.QUANTIZED_DTYPES
+        heads = (block_size, config.num_kv_heads)
+
+        def allocate(num_blocks: int, place: torch.device, pin_memory: bool = False) -> list[Tensor]:
+            """[size, 2, blocks, block_size, heads, head_size], and scales with 1 for the last."""
+            parts = [(stored, dtype), *([(1, torch.float32)] if is_quantized else [])]
+            return [
+                torch.empty(
+                    (self.groups.size, 2, num_blocks, *heads, width),
+                    dtype=part_dtype,
+                    device=place,
+                    pin_memory=pin_memory,
+                )
+                for width, part_dtype in parts
+            ]
+
+        self._pools = allocate(num_blocks + self.groups.has_windows, self.device)
+        self._host_pools = allocate(
+            num_host_blocks, torch.device("cpu"), pin_memory=self.device.type == "cuda" and num_host_blocks > 0
+        )
+        caches, scales = self._pools[0], [pool.squeeze(-1) for pool in self._pools[1:]]
+        layers = [
+            LayerCache(*caches[index], *(half for scale in scales for half in scale[index]))
+            for index in range(self.groups.size)
+        ]
         self.layers = [layers[index] for index in self.groups.index_in_group]
         if self.groups.has_windows:
             for pool in self._pools:
                 pool[:, :, self.null_block].zero_()
-        # Block by block, so that a run of blocks is one copy.
-        self._host_pools = [
-            torch.empty(
-                (num_host_blocks, *pool.shape[:2], *pool.shape[3:]),
-                dtype=dtype if pool is storage else torch.float32,
-                pin_memory=self.device.type == "cuda" and num_host_blocks > 0,
-            )
-            for pool in self._pools
-        ]
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -96,39 +105,19 @@ class KVCache:
 
     @torch.inference_mode()
     def transfer(self, transfers: BlockTransfers) -> None:
-        """Make the copies, in order, on the current stream. Nothing waits for them but what follows on the stream."""
-        if transfers.swap_out:
-            self._swap_out(transfers.swap_out)
-        if transfers.copy:
-            mapping = torch.tensor(transfers.copy, dtype=torch.int64).to(self.device)
-            for pool in self._pools:
-                keys, values = pool.movedim(2, 0).unbind(2)  # each [blocks, size, block_size, ...]: one copy for all
-                ops.copy_blocks(keys, values, keys, values, mapping)
-        if transfers.swap_in:
-            self._swap_in(transfers.swap_in)
-
-    def _swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
-        sources = torch.tensor([source for source, _ in pairs]).to(self.device)
-        for pool, host in zip(self._pools, self._host_pools, strict=True):
-            gathered = pool.movedim(2, 0)[sources].contiguous()
-            for first, start, count in _runs([host_id for _, host_id in pairs]):
-                host[start : start + count].copy_(gathered[first : first + count], non_blocking=True)
-
-    def _swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
-        destinations = torch.tensor([destination for _, destination in pairs]).to(self.device)
-        for pool, host in zip(self._pools, self._host_pools, strict=True):
-            gathered = torch.empty((len(pairs), *host.shape[1:]), dtype=host.dtype, device=self.device)
-            for first, start, count in _runs([host_id for host_id, _ in pairs]):
-                gathered[first : first + count].copy_(host[start : start + count], non_blocking=True)
-            pool.movedim(2, 0)[destinations] = gathered
+        """Make the copies, in order, on the current stream."""
+        for pairs, sources, destinations in (
+            (transfers.swap_out, self._pools, self._host_pools),
+            (transfers.copy, self._pools, self._pools),
+            (transfers.swap_in, self._host_pools, self._pools),
+        ):
+            if not pairs:
+                continue
+            mapping = torch.tensor(pairs, dtype=torch.int64)
+            for source, destination in zip(sources, destinations, strict=True):
+                ops.copy_blocks(*_by_block(source), *_by_block(destination), mapping)
 
 
-def _runs(ids: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Consecutive ids as (index of the first, the first, how many)."""
-    runs: list[tuple[int, int, int]] = []
-    for index, value in enumerate(ids):
-        if runs and value == runs[-1][1] + runs[-1][2]:
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
-        else:
-            runs.append((index, value, 1))
-    return runs
+def _by_block(pool: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values as ``[blocks, size, block_size * heads, head_size]``: a block with all its layers, one copy."""
+    return pool.movedim(2, 0).flatten(3, 4).unbind(2)
