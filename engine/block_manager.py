@@ -14,29 +14,22 @@ What must be copied before the next step runs is collected, and handed out by ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from pagedattn.engine.block_pool import BlockPool
 from pagedattn.engine.layer_groups import peak_blocks
-from pagedattn.engine.prefix_tree import NO_BLOCK, PrefixHashes, PrefixNode
+from pagedattn.engine.prefix_finder import (
+    NOTHING_CACHED,
+    BlockHolder,
+    CachedPrefix,
+    PrefixFinder,
+    Readiness,
+    first_seen_block,
+    hashes_of,
+    num_shareable_blocks,
+)
+from pagedattn.engine.prefix_tree import NO_BLOCK, PrefixNode
 from pagedattn.engine.swap_space import PreemptionKind, SwapSpace
-
-
-class BlockHolder(Protocol):
-    """What the block manager needs of a request."""
-
-    request_id: str
-    token_ids: list[int]
-    num_prompt_tokens: int
-    num_computed_tokens: int
-    cache_salt: str
-    block_ids: list[int]  # the block manager alone changes these two
-    prefix_hashes: PrefixHashes | None
-
-    @property
-    def siblings(self) -> Sequence[BlockHolder]:
-        """Requests of the same prompt, which fork from each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +42,6 @@ class BlockTransfers:
 
     def __bool__(self) -> bool:
         return bool(self.swap_out or self.copy or self.swap_in)
-
-
-@dataclass(frozen=True, slots=True)
-class CachedPrefix:
-    """The first ``num_tokens`` tokens of a request, which need not be computed, and where they are.
-
-    ``block_ids`` are shared as they are. An entry that is NO_BLOCK gets a block filled from another request's
-    (``copied``, by index) or from host memory (``restored``), or has left the window. ``num_taken``: the free blocks
-    that this uses up.
-    """
-
-    num_tokens: int = 0
-    block_ids: Sequence[int] = ()
-    copied: dict[int, int] = field(default_factory=dict)
-    restored: dict[int, int] = field(default_factory=dict)
-    num_taken: int = 0
-
-
-NOTHING_CACHED = CachedPrefix()
 
 
 @dataclass(slots=True)
@@ -107,6 +81,14 @@ class BlockManager:
         self._pool = BlockPool(num_blocks, self.num_groups)
         self._holdings: dict[str, _Holding] = {}
         self._computing: dict[bytes, str] = {}  # who computes the full block of a digest
+        self._finder = PrefixFinder(
+            self._pool,
+            self.swap_space,
+            self._computing,
+            block_size=block_size,
+            windows=self.windows,
+            enable_prefix_caching=enable_prefix_caching,
+        )
         self._expected: dict[str, list[bytes]] = {}  # digests that a waiting request will look for
         self._num_schedules = 0
         self._swap_outs: list[tuple[int, int]] = []
@@ -149,29 +131,18 @@ class BlockManager:
         """The request waits: its tokens are hashed, and what is cached of them is evicted last."""
         if not self.enable_prefix_caching or holder.request_id in self._expected:
             return
-        wanted = self._hashes(holder).digests[: self._num_shareable(holder)]
+        wanted = hashes_of(holder, self.block_size).digests[: num_shareable_blocks(holder, self.block_size)]
         self._expected[holder.request_id] = wanted
         self._pool.want(wanted)
 
-    def find_prefix(self, holder: BlockHolder) -> CachedPrefix | None:
-        """What of the request need not be computed; None while somebody computes what it would compute next.
+    def find_prefix(self, holder: BlockHolder, *, may_wait: bool = True) -> CachedPrefix | None:
+        """What of the request need not be computed; None while somebody computes what it would compute next, unless it
+        may not wait for that.
 
         The last token is always computed, as its logits are what is asked for. Nobody waits in vain: who computes runs,
         and when it stops for any reason the next one takes its place.
         """
-        if holder.request_id in self.swap_space:
-            return self._find_swapped(holder)
-        forked = self._find_forked(holder)
-        if forked is None or not self.enable_prefix_caching:
-            return forked
-        hashes, num_shareable = self._hashes(holder), self._num_shareable(holder)
-        path = self._pool.tree.walk(hashes, num_shareable)
-        num_hit = self._longest_hit(path)
-        if forked.num_tokens and forked.num_tokens >= num_hit * self.block_size:
-            return forked
-        if num_hit < num_shareable and hashes.digests[num_hit] in self._computing:
-            return None
-        return self._shared(num_hit * self.block_size, [id_ for node in path[:num_hit] for id_ in node.block_ids])
+        return self._finder.find(holder, self._readiness, may_wait=may_wait)
 
     def admit(self, holder: BlockHolder, prefix: CachedPrefix, num_tokens: int) -> bool:
         """Give a request its prefix, as ``find_prefix`` has just found it, and blocks for ``num_tokens`` tokens, the
@@ -193,10 +164,10 @@ class BlockManager:
         if holder.request_id in self.swap_space:
             self._restored.append(holder.request_id)
         ids.extend(pool.allocate() for _ in range(num_empty))
-        first_seen = [self._first_seen(group, prefix.num_tokens) for group in range(self.num_groups)]
+        first_seen = [first_seen_block(window, self.block_size, prefix.num_tokens) for window in self.windows]
         holding = self._holdings[holder.request_id] = _Holding(holder, self._num_schedules, first_seen)
         if self.enable_prefix_caching:
-            path = pool.tree.walk(self._hashes(holder), prefix.num_tokens // self.block_size)
+            path = pool.tree.walk(hashes_of(holder, self.block_size), prefix.num_tokens // self.block_size)
             holding.num_shareable = len(path)
             self._move_to(holding, path[-1] if path else None)
             self._announce(holding)
@@ -298,96 +269,13 @@ class BlockManager:
                 f"block {block_id} is to be filled and has {num_holders[block_id]} holders"
             )
 
-    def _hashes(self, holder: BlockHolder) -> PrefixHashes:
-        """Of all full blocks of the tokens as they are now."""
-        if holder.prefix_hashes is None:
-            holder.prefix_hashes = PrefixHashes(self.block_size, holder.cache_salt)
-        holder.prefix_hashes.extend(holder.token_ids)
-        return holder.prefix_hashes
-
-    def _num_shareable(self, holder: BlockHolder) -> int:
-        """Blocks that it can take from others: the last token is always computed."""
-        return (len(holder.token_ids) - 1) // self.block_size
-
-    def _first_seen(self, group: int, num_tokens: int) -> int:
-        """The group's first block that the token after ``num_tokens`` tokens, or a later one, can see."""
-        window = self.windows[group]
-        return 0 if window is None else max(0, num_tokens - window + 1) // self.block_size
-
-    def _longest_hit(self, path: Sequence[PrefixNode]) -> int:
-        """How many of the path's blocks can be taken: the most for which each group has all that it still sees."""
-        if not self._has_windows:
-            return next((index for index, node in enumerate(path) if NO_BLOCK in node.block_ids), len(path))
-        best, cached_since = 0, [0] * self.num_groups
-        for index, node in enumerate(path):
-            num_tokens = (index + 1) * self.block_size
-            for group, block_id in enumerate(node.block_ids):
-                if block_id == NO_BLOCK:
-                    cached_since[group] = index + 1
-            if all(since <= self._first_seen(group, num_tokens) for group, since in enumerate(cached_since)):
-                best = index + 1
-        return best
-
-    def _shared(self, num_tokens: int, block_ids: list[int], copied: dict[int, int] | None = None) -> CachedPrefix:
-        """The prefix in these blocks, without those that the groups' windows have left."""
-        if self._has_windows:
-            for group in range(self.num_groups):
-                for index in range(self._first_seen(group, num_tokens)):
-                    block_ids[index * self.num_groups + group] = NO_BLOCK
-        return CachedPrefix(num_tokens, block_ids, copied or {}, {}, self._num_revived(block_ids) + len(copied or ()))
-
-    def _num_revived(self, block_ids: Sequence[int]) -> int:
-        num_holders = self._pool.num_holders
-        return sum(block_id != NO_BLOCK and not num_holders[block_id] for block_id in block_ids)
-
-    def _find_forked(self, holder: BlockHolder) -> CachedPrefix | None:
-        """The prompt as a sibling has it; nothing without one that has; None while one computes it.
-
-        Full blocks are shared. Of the last one the request gets a copy: it writes there at once.
-        """
-        num_tokens = min(holder.num_prompt_tokens, len(holder.token_ids) - 1)
-        is_computed = True
-        for sibling in holder.siblings:
-            holding = self._holdings.get(sibling.request_id)
-            if holding is None:
-                continue
-            # One that has just come back has blocks that are still to be filled.
-            if sibling.num_computed_tokens < sibling.num_prompt_tokens or holding.admitted_in == self._num_schedules:
-                is_computed = False
-                continue
-            block_ids = sibling.block_ids[: self.blocks_for(num_tokens)]
-            if self._has_windows and not self._sees_all(block_ids, num_tokens):
-                continue
-            copied = {}
-            if num_tokens % self.block_size:
-                first = (num_tokens // self.block_size) * self.num_groups
-                copied = dict(enumerate(block_ids[first:], first))
-                block_ids[first:] = [NO_BLOCK] * self.num_groups
-            return self._shared(num_tokens, block_ids, copied)
-        return NOTHING_CACHED if is_computed else None
-
-    def _sees_all(self, block_ids: Sequence[int], num_tokens: int) -> bool:
-        """Whether the blocks that the token after ``num_tokens`` tokens sees are there in every group."""
-        return all(
-            NO_BLOCK not in block_ids[group :: self.num_groups][self._first_seen(group, num_tokens) :]
-            for group in range(self.num_groups)
-        )
-
-    def _find_swapped(self, holder: BlockHolder) -> CachedPrefix:
-        """All that was computed, from host memory, but for what is still in the cache."""
-        path: list[PrefixNode] = []
-        if self.enable_prefix_caching:
-            num_full = holder.num_computed_tokens // self.block_size
-            path = self._pool.tree.walk(self._hashes(holder), num_full)
-        block_ids, restored = [], {}
-        for index, host_id in enumerate(self.swap_space.table(holder.request_id)):
-            block, group = divmod(index, self.num_groups)
-            is_wanted = host_id != NO_BLOCK
-            block_ids.append(path[block].block_ids[group] if is_wanted and block < len(path) else NO_BLOCK)
-            if is_wanted and block_ids[-1] == NO_BLOCK:
-                restored[index] = host_id
-        num_taken = self._num_revived(block_ids) + len(restored)
-        return CachedPrefix(holder.num_computed_tokens, block_ids, {}, restored, num_taken)
+    def _readiness(self, sibling: BlockHolder) -> Readiness:
+        holding = self._holdings.get(sibling.request_id)
+        if holding is None:
+            return "absent"
+        # One that has just come back has blocks that are still to be filled.
+        is_filled = holding.admitted_in != self._num_schedules
+        return "ready" if is_filled and sibling.num_computed_tokens >= sibling.num_prompt_tokens else "computing"
 
     def _prefers_swap(self, holder: BlockHolder, kind: PreemptionKind) -> bool:
         """Tokens in blocks that others hold too are still there when the victim returns: only the rest is lost."""
@@ -405,7 +293,7 @@ class BlockManager:
     def _share_computed(self, holding: _Holding) -> None:
         """Full blocks that are computed now can be found by their hash."""
         holder, tree = holding.holder, self._pool.tree
-        hashes = self._hashes(holder)
+        hashes = hashes_of(holder, self.block_size)
         num_full = holder.num_computed_tokens // self.block_size
         while holding.may_share_more and holding.num_shareable < num_full:
             index = holding.num_shareable
@@ -433,8 +321,8 @@ class BlockManager:
     def _announce(self, holding: _Holding) -> None:
         """Whoever comes to the same block waits for the one who computes it."""
         request_id, digest = holding.holder.request_id, None
-        if holding.may_share_more and holding.num_shareable < len(self._hashes(holding.holder).digests):
-            digest = self._hashes(holding.holder).digests[holding.num_shareable]
+        if holding.may_share_more and holding.num_shareable < len(hashes_of(holding.holder, self.block_size).digests):
+            digest = hashes_of(holding.holder, self.block_size).digests[holding.num_shareable]
         if holding.computes is not None and self._computing.get(holding.computes) == request_id:
             del self._computing[holding.computes]
         if digest is not None:
@@ -444,7 +332,9 @@ class BlockManager:
     def _release_unseen(self, holding: _Holding) -> None:
         holder = holding.holder
         for group, first in enumerate(holding.first_seen):
-            holding.first_seen[group] = self._first_seen(group, holder.num_computed_tokens)
+            holding.first_seen[group] = first_seen_block(
+                self.windows[group], self.block_size, holder.num_computed_tokens
+            )
             for index in range(first, holding.first_seen[group]):
                 self._release(holder.block_ids, index * self.num_groups + group)
 

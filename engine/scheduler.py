@@ -407,10 +407,11 @@ class Scheduler:
         policy, waiting = self.policy, self.waiting
         misfits: list[Request] = []
         deferred: list[Request] = []  # what they would compute next is being computed
+        may_defer = policy.join == "every_step"
         num_may_pass = self.max_num_seqs  # how many may still join past the misfits
         while waiting and len(self.running) < self.max_num_seqs and num_may_pass > 0 and self._has_room(step):
             request = waiting.take(step.now)
-            prefix = self.block_manager.find_prefix(request)
+            prefix = self.block_manager.find_prefix(request, may_wait=may_defer)
             if prefix is None:
                 deferred.append(request)
                 if len(deferred) == self.max_num_seqs:

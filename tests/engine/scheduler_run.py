@@ -214,7 +214,7 @@ def check_work_conserved(scheduler: Scheduler, plan: StepPlan, joined: list[Requ
         return
     request = scheduler.waiting.take(now)
     scheduler.waiting.put_back(request)
-    if block_manager.find_prefix(request) is None:
+    if block_manager.find_prefix(request, may_wait=policy.join == "every_step") is None:
         assert scheduler.running, "a request waits for a prefix that nobody computes"
         return
     num_first = request.num_tokens if policy.is_whole else min(request.num_tokens, left)

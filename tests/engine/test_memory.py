@@ -105,6 +105,13 @@ def test_who_waits_for_a_prefix_goes_on_when_its_computing_is_aborted() -> None:
     assert engine.stats().prefix_cache_hits == 8 + 20  # what the first left, then all that is common
 
 
+def test_a_batch_that_nobody_joins_later_does_not_wait_for_prefixes() -> None:
+    engine = fake_engine(policy="static", num_blocks=100)
+    expected = add_all(engine, questions(3))
+    assert engine.step().num_seqs == 3
+    assert tokens_of(run_to_end(engine)) == expected
+
+
 def test_a_waiting_requests_blocks_are_evicted_last() -> None:
     engine = fake_engine(num_blocks=12, max_num_seqs=1)
     wanted, unwanted = letters(16, seed=0), letters(16, seed=1)
