@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pagedattn.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from pagedattn.engine.cache_size import default_num_blocks, longest_sequence
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.engine import Engine
@@ -208,6 +209,13 @@ class LLM:
         Closing the iterator early aborts its requests. Bad prompts raise here and not at the first ``next``.
         """
         return self._run(self._prepare(prompts, sampling_params, priority, scheduling_params))
+
+    def beam_search(self, prompts: Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt that a beam search finds, the best first.
+
+        Raises ValueError, before any work, for a bad prompt.
+        """
+        return beam_search(self, prompts, params)
 
     def _prepare(
         self,

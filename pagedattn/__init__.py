@@ -28,6 +28,7 @@ from pagedattn.ops import (
 )
 
 if TYPE_CHECKING:
+    from pagedattn.engine.beam_search import BeamSearchParams
     from pagedattn.engine.llm import LLM
     from pagedattn.engine.outputs import RequestOutput
     from pagedattn.engine.sampling_params import SamplingParams
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AttentionPlan",
+    "BeamSearchParams",
     "RequestOutput",
     "SamplingParams",
     "SchedulingParams",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "BeamSearchParams": "pagedattn.engine.beam_search",
     "LLM": "pagedattn.engine.llm",
     "RequestOutput": "pagedattn.engine.outputs",
     "SamplingParams": "pagedattn.engine.sampling_params",
