@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
+from pagedattn.engine.prompts import Prompt, TokenizedPrompt, TokensPrompt, tokenize_prompt
 from pagedattn.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def beam_search(llm: LLM, prompts: Sequence[Prompt], params: BeamSearchParams) -
         if not work:
             break
         beams = [
-            TokenizedPrompt(None, search.prompt.token_ids + token_ids, search.prompt.cache_salt)
+            TokensPrompt(prompt_token_ids=search.prompt.token_ids + token_ids, cache_salt=search.prompt.cache_salt)
             for search, (token_ids, _) in work
         ]
         candidates: dict[_Search, list[tuple[list[int], float]]] = {search: [] for search, _ in work}

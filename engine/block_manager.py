@@ -175,9 +175,11 @@ class BlockManager:
 
     def ensure(self, holder: BlockHolder, num_tokens: int) -> bool:
         """Make ``holder`` hold blocks for ``num_tokens`` tokens; False, and no change, when too few are free."""
+        num_missing = -(-num_tokens // self.block_size) * self.num_groups - len(holder.block_ids)
+        if num_missing <= 0:
+            return True
         if holder.request_id not in self._holdings:
             return self.admit(holder, NOTHING_CACHED, num_tokens)
-        num_missing = self.blocks_for(num_tokens) - len(holder.block_ids)
         if num_missing > self.num_free:
             return False
         holder.block_ids.extend(self._pool.allocate() for _ in range(num_missing))

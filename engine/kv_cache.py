@@ -115,9 +115,11 @@ class KVCache:
                 continue
             mapping = torch.tensor(pairs, dtype=torch.int64)
             for source, destination in zip(sources, destinations, strict=True):
-                ops.copy_blocks(*_by_block(source), *_by_block(destination), mapping)
+                keys, values = _by_block(source)
+                ops.copy_blocks(keys, values, *_by_block(destination), mapping)
 
 
-def _by_block(pool: Tensor) -> tuple[Tensor, ...]:
+def _by_block(pool: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as ``[blocks, size, block_size * heads, head_size]``: a block with all its layers, one copy."""
-    return pool.movedim(2, 0).flatten(3, 4).unbind(2)
+    keys, values = pool.movedim(2, 0).flatten(3, 4).unbind(2)
+    return keys, values
