@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -278,3 +279,89 @@ TestBlockManager = BlockManagerMachine.TestCase
 TestBlockManager.settings = SETTINGS
 TestCollidingDigests = CollidingMachine.TestCase
 TestCollidingDigests.settings = settings(SETTINGS, max_examples=40)
+
+
+def admitted(manager: BlockManager, request: Request, num_computed: int) -> Request:
+    """A request that has computed so many tokens, in a schedule of the past."""
+    prefix = manager.find_prefix(request)
+    assert prefix is not None
+    assert manager.admit(request, prefix, max(num_computed, prefix.num_tokens + 1))
+    manager.take_transfers()
+    request.num_computed_tokens = num_computed
+    manager.commit(request)
+    return request
+
+
+def test_a_request_that_came_back_and_loses_its_blocks_again_is_where_it_was() -> None:
+    manager = BlockManager(4, 4, swap_space=SwapSpace(4))
+    request = admitted(manager, make_request("a", [1] * 10), 8)
+    assert manager.preempt(request, "swap")
+    assert manager.take_transfers() == BlockTransfers(swap_out=((0, 0), (1, 1)))
+    prefix = manager.find_prefix(request)
+    assert prefix is not None
+    assert (prefix.num_tokens, prefix.num_taken) == (8, 2)
+    assert manager.admit(request, prefix, 9)
+    assert manager.preempt(request, "recompute")  # nothing was copied yet: what is in host memory stays
+    assert manager.num_free == 4
+    assert manager.take_transfers() == BlockTransfers()
+    manager.check_integrity()
+    prefix = manager.find_prefix(request)
+    assert prefix is not None
+    assert manager.admit(request, prefix, 9)
+    assert [host_id for host_id, _ in manager.take_transfers().swap_in] == [0, 1]
+    assert manager.swap_space.num_used == 0
+
+
+def test_a_fork_that_loses_its_blocks_at_once_was_never_there() -> None:
+    manager = BlockManager(6, 4, swap_space=SwapSpace(6))
+    parent, child = make_request("a", [1] * 10), make_request("b", [1] * 10)
+    parent.siblings, child.siblings = [child], [parent]
+    admitted(manager, parent, 10)
+    prefix = manager.find_prefix(child)
+    assert prefix is not None
+    assert prefix.num_tokens == 9
+    assert manager.admit(child, prefix, 10)
+    child.num_computed_tokens = 9
+    assert not manager.preempt(child, "swap"), "blocks that nobody has filled are kept"
+    assert manager.take_transfers() == BlockTransfers()
+    assert manager.num_used == 3
+    manager.check_integrity()
+
+
+def test_too_little_host_memory_and_costs_decide() -> None:
+    manager = BlockManager(20, 4, swap_space=SwapSpace(3, COSTS))  # swapping is cheaper from 4 tokens on
+    for num_tokens, kind, is_kept in (
+        (3, "cheapest", False),
+        (5, "cheapest", True),
+        (12, "swap", True),
+        (13, "swap", False),
+        (5, "recompute", False),
+    ):
+        request = admitted(manager, make_request("a", [1] * 20), num_tokens)
+        assert manager.preempt(request, kind) == is_kept, (num_tokens, kind)
+        manager.take_transfers()
+        manager.free(request)
+        assert manager.num_used == manager.swap_space.num_used == 0
+
+
+def test_what_others_hold_is_not_counted_as_lost() -> None:
+    """Of 12 tokens 8 are shared: computing 4 again costs 3, copying all 12 out and back 4.4."""
+    manager = BlockManager(20, 4, enable_prefix_caching=True, swap_space=SwapSpace(20, COSTS))
+    admitted(manager, make_request("a", [1] * 9), 9)
+    sharing = admitted(manager, make_request("b", [1] * 8 + [2] * 5), 12)
+    assert sharing.block_ids[:2] == [0, 1]
+    assert not manager.preempt(sharing, "cheapest")
+    assert admitted(manager, make_request("c", [3] * 13), 12).block_ids
+    assert manager.preempt(manager._holdings["c"].holder, "cheapest")
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    costs = PreemptionCosts((10, 20, 40), (1.0, 3.0, 7.0), (2.0, 2.0, 4.0))
+    assert [costs.recompute(length) for length in (10, 15, 30, 50)] == [1.0, 2.0, 5.0, 9.0]
+    assert [costs.swap(length) for length in (5, 10, 30, 60)] == [2.0, 2.0, 3.0, 6.0]
+    assert costs.recompute(1) == 0.0
+    assert costs.crossover(100) == 16  # at 15 both cost 2
+    assert costs.crossover(15) is None
+    for lengths, seconds in (((10,), (1.0,)), ((10, 10), (1.0, 1.0)), ((10, 20), (1.0,)), ((10, 20), (1.0, math.nan))):
+        with pytest.raises(ValueError, match="is not allowed"):
+            PreemptionCosts(lengths, seconds, seconds)
