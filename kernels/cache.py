@@ -86,7 +86,7 @@ def rotate_in_place(
 ):  # fmt: skip
     """Rotate the first ROTARY_DIM elements of every head, in fp32."""
     PAIRS: tl.constexpr = ROTARY_DIM // 2
-    head = tl.arange(0, HEADS_PADDED)[:, None]
+    head = tl.arange(0, HEADS_PADDED)[:, None].to(tl.int64)
     pair = tl.arange(0, PAIRS_PADDED)
     exists = pair < PAIRS
     cos = tl.load(cos_sin_ptr + pair, mask=exists, other=0.0).to(tl.float32)[None, :]
@@ -231,7 +231,7 @@ def append_kv_kernel(
 class PreparedAppend:
     """All of an append that follows from shapes, strides and dtypes, for any tensors that share them."""
 
-    __slots__ = ("_is_float8", "_launch")
+    __slots__ = ("_launch",)
 
     def __init__(
         self,
@@ -253,7 +253,6 @@ class PreparedAppend:
             query_strides, num_heads = query.stride()[:2], query.shape[1]
             stride_cos_sin, rotary_dim = cos_sin.stride(0), cos_sin.shape[1]
         cache_format = FORMATS.get(key_cache.dtype, "cast")
-        self._is_float8 = cache_format in ("e4m3", "e5m2")
         per_element = 2 if cache_format == "int4" else 1
         strides = (
             *query_strides, *key.stride()[:2], *value.stride()[:2], stride_cos_sin,
@@ -272,6 +271,7 @@ class PreparedAppend:
             (num_tokens, 1 if query is None else 2),
             key.device,
             (*strides, *constants),
+            sees_bits=True,  # fp8 is made by bit arithmetic
             num_warps=4,
             enable_fp_fusion=False,  # rotated keys are rounded as the reference rounds them, and so are their scales
         )
@@ -290,8 +290,6 @@ class PreparedAppend:
         v_scale: Tensor | None,
     ) -> None:
         """Rotate query in place if there is one, and store each token's key and value in its slot."""
-        if self._is_float8:
-            key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
         self._launch((query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale))
 
 

@@ -9,12 +9,15 @@ seen before goes straight to the compiled kernel.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes; Triton compiles other code for pointers that are not its multiples
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def specialized(integers: tuple[int, ...]) -> tuple[Hashable, ...]:
@@ -25,7 +28,7 @@ def specialized(integers: tuple[int, ...]) -> tuple[Hashable, ...]:
 class Launch:
     """A kernel with all of its arguments but the tensors. Call it with those, on their device's current stream."""
 
-    __slots__ = ("_compiled", "_device", "_kernel", "_options", "_programs", "_sizes")
+    __slots__ = ("_compiled", "_device", "_kernel", "_options", "_programs", "_sees_bits", "_sizes")
 
     def __init__(
         self,
@@ -34,38 +37,48 @@ class Launch:
         programs: tuple[int, int],
         device: torch.device,
         sizes: tuple[Any, ...],
+        sees_bits: bool,
         options: dict[str, Any],
     ) -> None:
         self._kernel = kernel
         self._compiled = compiled
         self._programs = programs
-        self._device = device
+        self._device: int | None = device.index
         self._sizes = sizes
+        self._sees_bits = sees_bits
         self._options = options
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Launch with ``tensors`` as the kernel's leading parameters."""
-        device, programs, sizes = self._device, self._programs, self._sizes
-        if device.type != "cuda":
-            self._kernel[programs](*tensors, *sizes, **self._options)
+        device = self._device
+        if device is None:  # the interpreter's, on a CPU
+            self._compile(tensors)
             return
-        if device.index != torch._C._cuda_getDevice():
+        if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 self(tensors)
             return
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        misaligned = 0
-        for pointer in pointers:
-            misaligned |= pointer % ALIGNMENT
-        variant = misaligned and tuple(pointer % ALIGNMENT == 0 for pointer in pointers)
+        variant: Hashable = reduce(or_, pointers) % ALIGNMENT
+        if variant:
+            variant = tuple(pointer % ALIGNMENT == 0 for pointer in pointers)
         compiled = self._compiled.get(variant)
         if compiled is None:
-            kernel = self._kernel[programs](*tensors, *sizes, **self._options)
+            kernel = self._compile(tensors)
             self._compiled[variant] = (kernel.run, kernel.function, kernel.packed_metadata)
             return
         run, function, metadata = compiled
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        run(*programs, 1, stream, function, metadata, None, None, None, *pointers, *sizes)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(*self._programs, 1, stream, function, metadata, None, None, None, *pointers, *self._sizes)
+
+    def _compile(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        """Launch through Triton, which compiles the kernel for arguments of this kind if it has not before."""
+        if self._sees_bits:
+            tensors = tuple(
+                tensor.view(torch.uint8) if tensor is not None and tensor.dtype in FLOAT8_DTYPES else tensor
+                for tensor in tensors
+            )
+        return self._kernel[self._programs](*tensors, *self._sizes, **self._options)
 
 
 class Launcher:
@@ -81,6 +94,7 @@ class Launcher:
         programs: tuple[int, int],
         device: torch.device,
         sizes: tuple[Any, ...],
+        sees_bits: bool = False,
         **options: Any,
     ) -> Launch:
         """Prepare a launch.
@@ -90,8 +104,10 @@ class Launcher:
                 that is None here and there among launches must be told by it.
             programs: the grid.
             device: the tensors'.
-            sizes: all parameters after the tensors, constexprs included, in the kernel's order.
+            sizes: all parameters after the tensors, constexprs included, in the kernel's order. Triton's own launcher
+                skips the constants, but in every version it wants them in their places.
+            sees_bits: hand fp8 tensors to the kernel as uint8.
             options: ``num_warps`` and other compiler options.
         """
-        compiled = self._variants.setdefault((device.index, key), {})
-        return Launch(self._kernel, compiled, programs, device, sizes, options)
+        compiled = self._variants.setdefault((device.index, sees_bits, key), {})
+        return Launch(self._kernel, compiled, programs, device, sizes, sees_bits, options)

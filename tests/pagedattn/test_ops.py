@@ -291,6 +291,10 @@ BAD_CALLS = [
     (call_attention, {"plan": lambda _: make_plan(make_case(), max_query_len=9)}, ValueError),
     (call_attention, {"out": of("query", lambda t: t[1:].clone())}, ValueError),
     (call_attention, {"out": of("query", lambda t: t.double())}, ValueError),
+    (call_attention, {"out": of("query", lambda t: t.clone().requires_grad_())}, ValueError),
+    (call_attention, {"q_scale": torch.ones((), device=DEVICE, requires_grad=True)}, ValueError),
+    (call_attention, {"k_scale": torch.ones(2, device=DEVICE, requires_grad=True)}, ValueError),
+    (call_attention, {"v_scale": torch.ones(2, device=DEVICE, requires_grad=True)}, ValueError),
     (call_append, {"key": of("key", lambda t: t[0])}, ValueError),
     (call_append, {"key": of("key", lambda t: t.clone().requires_grad_())}, ValueError),
     (call_append, {"value": of("value", lambda t: t[1:])}, ValueError),
@@ -301,6 +305,7 @@ BAD_CALLS = [
     (call_append, {"k_scale": torch.ones((), device=DEVICE)}, ValueError),
     (call_rope, {"query": of("query", lambda t: t[..., :16])}, ValueError),
     (call_rope, {"cos_sin": of("cos_sin", lambda t: t.double())}, ValueError),
+    (call_rope, {"cos_sin": of("cos_sin", lambda t: t.clone().requires_grad_())}, ValueError),
     (call_rope, {"cos_sin": of("cos_sin", lambda t: t[:, :15])}, ValueError),
     (call_rope, {"positions": of("positions", lambda t: t.int())}, ValueError),
     (call_rope, {"positions": None}, TypeError),
@@ -364,6 +369,18 @@ def test_value_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         call_append(slot_mapping=torch.tensor([64, 1, 2, 3, 4], device=DEVICE))
     with pytest.raises(ValueError, match=r"^positions: "):
         call_rope(positions=of("positions", lambda t: t + 10))
+    case = make_case()
+    caches, table, lens = (case.key_cache, case.value_cache), case.block_table, case.seq_lens
+    pagedattn.gather_kv(*caches, table, lens, max_seq_len=300)
+    with pytest.raises(ValueError, match=r"^block_table: "):
+        pagedattn.gather_kv(*caches, table + 1000, lens, max_seq_len=300)
+    with pytest.raises(ValueError, match=r"^seq_lens: "):
+        pagedattn.gather_kv(*caches, table, lens, max_seq_len=299)
+    with pytest.raises(ValueError, match=r"^seq_lens: "):
+        pagedattn.gather_kv(*caches, table, lens - 4, max_seq_len=300)
+    mapping = torch.tensor([[0, len(case.key_cache)]], device=DEVICE)
+    with pytest.raises(ValueError, match=r"^block_mapping: "):
+        pagedattn.copy_blocks(*caches, *caches, mapping)
 
 
 def test_importing_is_light() -> None:
