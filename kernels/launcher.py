@@ -48,15 +48,15 @@ class Launch:
         self._sees_bits = sees_bits
         self._options = options
 
-    def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
-        """Launch with ``tensors`` as the kernel's leading parameters."""
+    def __call__(self, tensors: tuple[Tensor | None, ...], descriptors: tuple[Any, ...] = ()) -> None:
+        """Launch with ``descriptors``, which the copy engine reads, and ``tensors`` as the leading parameters."""
         device = self._device
         if device is None:  # the interpreter's, on a CPU
-            self._compile(tensors)
+            self._compile(tensors, descriptors)
             return
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                self(tensors)
+                self(tensors, descriptors)
             return
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         variant: Hashable = reduce(or_, pointers) % ALIGNMENT
@@ -64,21 +64,21 @@ class Launch:
             variant = tuple(pointer % ALIGNMENT == 0 for pointer in pointers)
         compiled = self._compiled.get(variant)
         if compiled is None:
-            kernel = self._compile(tensors)
+            kernel = self._compile(tensors, descriptors)
             self._compiled[variant] = (kernel.run, kernel.function, kernel.packed_metadata)
             return
         run, function, metadata = compiled
         stream = torch._C._cuda_getCurrentRawStream(device)
-        run(*self._programs, 1, stream, function, metadata, None, None, None, *pointers, *self._sizes)
+        run(*self._programs, 1, stream, function, metadata, None, None, None, *descriptors, *pointers, *self._sizes)
 
-    def _compile(self, tensors: tuple[Tensor | None, ...]) -> Any:
+    def _compile(self, tensors: tuple[Tensor | None, ...], descriptors: tuple[Any, ...]) -> Any:
         """Launch through Triton, which compiles the kernel for arguments of this kind if it has not before."""
         if self._sees_bits:
             tensors = tuple(
                 tensor.view(torch.uint8) if tensor is not None and tensor.dtype in FLOAT8_DTYPES else tensor
                 for tensor in tensors
             )
-        return self._kernel[self._programs](*tensors, *self._sizes, **self._options)
+        return self._kernel[self._programs](*descriptors, *tensors, *self._sizes, **self._options)
 
 
 class Launcher:

@@ -40,12 +40,12 @@ from pagedattn.checks import (
 from pagedattn.kernels import attention_reference, cache_reference, plan_reference
 from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.quantization import LARGEST
-from pagedattn.kernels.tiling import AttentionTiling, choose_tiling
+from pagedattn.kernels.tiling import ITEM_FIELDS, AttentionTiling, choose_tiling
 from pagedattn.seen import SeenCalls
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHECK_VALUES = os.environ.get("PAGEDATTN_CHECK") == "1"
-INTERPRETER_PROGRAMS = 8
+INTERPRETER_MULTIPROCESSORS = 4
 
 _QUERY_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 QUANTIZED_DTYPES = tuple(LARGEST)  # of caches
@@ -221,11 +221,10 @@ def _check_slot_values(slot_mapping: Tensor, key_cache: Tensor) -> None:
 
 
 @lru_cache
-def _programs(device: torch.device) -> int:
-    """Thread blocks that a device runs at once, two to a multiprocessor."""
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
-        return INTERPRETER_PROGRAMS
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        return INTERPRETER_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class _Geometry(NamedTuple):
@@ -241,7 +240,7 @@ class _Geometry(NamedTuple):
 
 
 def _tiling(geometry: _Geometry, num_seqs: int, device: torch.device) -> AttentionTiling:
-    return choose_tiling(**geometry._asdict(), num_seqs=num_seqs, programs=_programs(device))
+    return choose_tiling(**geometry._asdict(), num_seqs=num_seqs, multiprocessors=_multiprocessors(device))
 
 
 _cached_tiling = lru_cache(maxsize=1024)(_tiling)  # symbolic sizes, which only fakes see, cannot be hashed
@@ -252,19 +251,18 @@ def _window(sliding_window: int | None, max_seq_len: int) -> int | None:
     return None if sliding_window is None or sliding_window >= max_seq_len else sliding_window
 
 
-def _plan_buffers(tiling: AttentionTiling, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_buffers(tiling: AttentionTiling, like: Tensor) -> tuple[Tensor, Tensor]:
     return (
-        like.new_empty((tiling.max_items, 8), dtype=torch.int32),
-        like.new_empty((tiling.max_merges, 4), dtype=torch.int32),
+        like.new_empty((tiling.max_items, ITEM_FIELDS), dtype=torch.int32),
         like.new_empty((tiling.num_counts,), dtype=torch.int32),
     )
 
 
-def _fits_plan(tiling: AttentionTiling, device: torch.device, items: Tensor, merges: Tensor, counts: Tensor) -> bool:
-    shapes = ((tiling.max_items, 8), (tiling.max_merges, 4), (tiling.num_counts,))
+def _fits_plan(tiling: AttentionTiling, device: torch.device, items: Tensor, counts: Tensor) -> bool:
+    shapes = ((tiling.max_items, ITEM_FIELDS), (tiling.num_counts,))
     return all(
         tensor.shape == shape and tensor.dtype == torch.int32 and tensor.device == device and tensor.is_contiguous()
-        for tensor, shape in zip((items, merges, counts), shapes, strict=True)
+        for tensor, shape in zip((items, counts), shapes, strict=True)
     )
 
 
@@ -287,16 +285,16 @@ def _plan_geometry(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -
 
 
 def _plan_attention_out(
-    seq_lens: Tensor, query_start_loc: Tensor, items: Tensor, merges: Tensor, counts: Tensor, *arguments: Any
+    seq_lens: Tensor, query_start_loc: Tensor, items: Tensor, counts: Tensor, *arguments: Any
 ) -> None:
     geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
     tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
-    if not _fits_plan(tiling, seq_lens.device, items, merges, counts):
+    if not _fits_plan(tiling, seq_lens.device, items, counts):
         fail("out", items, f"a plan of {seq_lens.shape[0]} sequences with the same geometry")
-    _write_plan(seq_lens, query_start_loc, items, merges, counts, tiling, _window(arguments[6], geometry.max_seq_len))
+    _write_plan(seq_lens, query_start_loc, items, counts, tiling, _window(arguments[6], geometry.max_seq_len))
 
 
-def _plan_attention(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_attention(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
     tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
     tensors = _plan_buffers(tiling, seq_lens)
@@ -308,7 +306,6 @@ def _write_plan(
     seq_lens: Tensor,
     query_start_loc: Tensor,
     items: Tensor,
-    merges: Tensor,
     counts: Tensor,
     tiling: AttentionTiling,
     window: int | None,
@@ -318,10 +315,10 @@ def _write_plan(
         from pagedattn.kernels import plan
 
         make = plan.plan_attention
-    make(seq_lens, query_start_loc, items, merges, counts, tiling=tiling, sliding_window=window)
+    make(seq_lens, query_start_loc, items, counts, tiling=tiling, sliding_window=window)
 
 
-def _plan_attention_fake(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_attention_fake(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
     return _plan_buffers(_tiling(geometry, seq_lens.shape[0], seq_lens.device), seq_lens)
 
@@ -396,7 +393,7 @@ def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
 
 
 def _run_attention(prepared: Any, call: _Attention, out: Tensor, lse: Tensor | None) -> None:
-    prepared(*call[:4], call.query_start_loc, call.plan, *call[13:19], out, lse)
+    prepared(*call[:4], call.plan, *call[13:19], out, lse)
 
 
 # --- what calls prepare, remembered by their metadata -----------------------------------------------------------------
@@ -422,7 +419,7 @@ def _prepare_attention(call: _Attention, out: Tensor, lse: Tensor | None) -> Any
     query, key_cache, value_cache, num_seqs, plan = *call[:3], call.seq_lens.shape[0], call.plan
     sizes = (query.shape[1], key_cache.shape[2], query.shape[2], out.shape[2], call.max_query_len, call.max_seq_len)
     tiling = _cached_tiling(_Geometry(*sizes, call.batch_invariant), num_seqs, query.device)
-    if plan is None or len(plan) != 3 or not _fits_plan(tiling, query.device, *plan):
+    if plan is None or len(plan) != 2 or not _fits_plan(tiling, query.device, *plan):
         fail("plan", plan and plan[0], f"made for these {num_seqs} sequences and this geometry")
     fingerprint = (call[6:13], call.batch_invariant, *map(_metadata, (*call[:6], *plan, *call[13:19], out, lse)))
     prepared = _prepared.get(fingerprint)
@@ -662,13 +659,13 @@ _PLAN = (
 )
 _register(
     "plan_attention",
-    f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor)",
     _plan_attention,
     _plan_attention_fake,
 )
 _register(
     "plan_attention.out",
-    f"(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) items, Tensor(b!) merges, Tensor(c!) counts, {_PLAN}) -> ()",
+    f"(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) items, Tensor(b!) counts, {_PLAN}) -> ()",
     _plan_attention_out,
     lambda *args: None,
 )
@@ -738,7 +735,6 @@ class AttentionPlan:
     """
 
     items: Tensor
-    merges: Tensor
     counts: Tensor
     geometry: tuple[Any, ...]
 
@@ -748,7 +744,7 @@ class AttentionPlan:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.items, self.merges, self.counts]
+        return [self.items, self.counts]
 
 
 GEOMETRY = (
@@ -803,8 +799,8 @@ def plan_attention(
     geometry, arguments = (*sizes, block_size, *bounds), (*sizes, *bounds)
     if out is None:
         tensors = torch.ops.pagedattn.plan_attention.default(seq_lens, query_start_loc, *arguments)
-        items, merges, counts = tensors
-        return AttentionPlan(items, merges, counts, geometry)
+        items, counts = tensors
+        return AttentionPlan(items, counts, geometry)
     if not isinstance(out, AttentionPlan):
         raise TypeError(f"out: got {type(out).__name__}; must be an AttentionPlan or None")
     if out.geometry != geometry:
@@ -956,7 +952,7 @@ def paged_attention(
         if plan is not None and not CHECK_VALUES and not torch.compiler.is_compiling():
             key = (plan.geometry, query.shape, numbers, (*map(type, numbers + optional),))
             given = [tensor for tensor in optional if tensor is not None]
-            tensors = (*batch, plan.items, plan.merges, plan.counts, *given)
+            tensors = (*batch, plan.items, plan.counts, *given)
             seen = _seen_attention.find(key, tensors)
             if seen is not None:
                 return seen(tensors, optional)

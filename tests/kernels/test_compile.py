@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from pagedattn.kernels.quantization import HEAD_SCALE, NO_SCALE, TENSOR_SCALE, TOKEN_SCALE
-from pagedattn.kernels.tiling import COARSE_CHUNK, COARSE_FROM, FINE_CHUNK, choose_launch, choose_tiling
+from pagedattn.kernels.tiling import (
+    CHUNK_ALIGNMENT,
+    COARSE_CHUNK,
+    COARSE_FROM,
+    FINE_CHUNK,
+    ITEM_FIELDS,
+    MIN_CHUNK,
+    MIN_SHARE,
+    SHARE_UNIT,
+    choose_launch,
+    choose_tiling,
+)
 from tests.device import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
@@ -106,7 +117,7 @@ def compile_attention(
         max_query_len=max_query_len,
         max_seq_len=8192,
         num_seqs=4,
-        programs=264,
+        multiprocessors=132,
         batch_invariant=variant.batch_invariant,
     )
     cache = variant.cache or dtype
@@ -124,7 +135,7 @@ def compile_attention(
     pointers |= dict.fromkeys(("key_ptr", "value_ptr"), stored)
     pointers |= dict.fromkeys(("lse_ptr", "partials_ptr", "alibi_slopes_ptr", "sinks_ptr"), "*fp32")
     pointers |= dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32") | {"tree_mask_ptr": "*u8"}
-    names = ("block_table_ptr", "items_ptr", "merges_ptr", "counts_ptr", "query_start_loc_ptr")
+    names = ("block_table_ptr", "items_ptr", "counts_ptr")
     pointers |= dict.fromkeys(names, "*i32") | dict.fromkeys(("logit_scale", "softcap_log2"), "fp32")
     constants = {flag: flag in variant.features for flag in FLAGS} | {
         "GROUP": variant.group,
@@ -146,6 +157,8 @@ def compile_attention(
         "CAUSAL": variant.mask == "causal",
         "HAS_TREE": variant.mask == "tree",
         "BATCH_INVARIANT": variant.batch_invariant,
+        "WALKS": tiling.workers > 0,
+        "FIELDS": ITEM_FIELDS,
         "FINE": FINE_CHUNK,
         "COARSE": COARSE_CHUNK,
         "FROM": COARSE_FROM,
@@ -159,18 +172,16 @@ def compile_attention(
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_the_other_kernels_compile(capability: int) -> None:
     from pagedattn.kernels.cache import append_kv_kernel
-    from pagedattn.kernels.plan import plan_attention_kernel
+    from pagedattn.kernels.plan import plan_items_kernel, plan_walks_kernel
 
     for has_window in (False, True):
-        plan_constants = {
-            "QUERIES_PER_TILE": 4,
-            "HAS_WINDOW": has_window,
-            "BATCH_INVARIANT": has_window,
-            "MIN_CHUNK": 128,
-        }
-        plan_constants |= {"CHUNK_ALIGNMENT": 128, "FINE": FINE_CHUNK, "COARSE": COARSE_CHUNK, "FROM": COARSE_FROM}
-        pointers = {name: "*i32" for name in plan_attention_kernel.arg_names if name.endswith("_ptr")}
-        compile_kernel(plan_attention_kernel, capability, pointers, {**plan_constants, "NUM_LANES": 256}, num_warps=4)
+        shared: dict[str, Any] = {"HAS_WINDOW": has_window, "FIELDS": ITEM_FIELDS, "NUM_LANES": 256}
+        walks = {"MIN_UNITS": MIN_SHARE // SHARE_UNIT, "UNIT": SHARE_UNIT}
+        items = {"QUERIES_PER_TILE": 4, "BATCH_INVARIANT": has_window, "MIN_CHUNK": MIN_CHUNK}
+        items |= {"CHUNK_ALIGNMENT": CHUNK_ALIGNMENT, "FINE": FINE_CHUNK, "COARSE": COARSE_CHUNK, "FROM": COARSE_FROM}
+        for kernel, constants in ((plan_walks_kernel, walks), (plan_items_kernel, items)):
+            pointers = {name: "*i32" for name in kernel.arg_names if name.endswith("_ptr")}
+            compile_kernel(kernel, capability, pointers, {**constants, **shared}, num_warps=4)
     for element in ("*bf16", "*fp32"):
         for rotary_dim, cache_format in ((0, "cast"), (64, "e4m3"), (128, "int4"), (128, "cast"), (64, "int8")):
             stored = {"cast": element, "int8": "*i8"}.get(cache_format, "*u8")
@@ -183,7 +194,7 @@ def test_the_other_kernels_compile(capability: int) -> None:
                 "v_scale_ptr": "*fp32",
             }
             padded = 64 if cache_format == "int4" else 128
-            constants: dict[str, Any] = {
+            constants = {
                 "BLOCK_SIZE": 16,
                 "NUM_HEADS": 32,
                 "HEADS_PADDED": 32,

@@ -1,0 +1,616 @@
+"""Paged attention for Hopper, in Gluon: what workers walk (decode, verification of drafts), at the speed of memory.
+
+Memory and plan are those of ``kernels/attention.py``, and so are slots, partials and the order of merging. A worker is
+one thread block of two partitions that share a ring of STAGES tiles of keys and values in shared memory:
+
+- the producer, one warp, reads the block table 32 pages at a time, ahead of need, and asks the copy engine (TMA) for
+  each page; it runs ahead over the ends of items, so the ring never drains between two of them;
+- the consumer, one warp group, computes with swapped operands, so that keys are the rows of the products and few query
+  rows cost nothing: S^T [BLOCK_N, COLUMNS] = K Q^T, then O^T [D, COLUMNS] += V^T P^T. A column is a query token and a
+  head: column c is query token c // HEADS and head c % HEADS of the head tile.
+
+Pages of at least 8 slots come by TMA, which reads what it is told as rows of one two-dimensional tensor: row
+block * BLOCK_ROWS + head * HEAD_ROWS + slot, from column head * HEAD_COLUMNS on.
+
+Warp specialization and swapped products for decode: FlashMLA (DeepSeek, 2025), FlashAttention-3 (Shah et al., 2024).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from torch import Tensor
+
+from pagedattn.kernels.launcher import Launcher, specialized
+from pagedattn.kernels.options import AttentionOptions
+from pagedattn.kernels.tiling import ITEM_FIELDS, LOG2E, AttentionTiling, CacheRows, HopperDecodeLaunch
+
+LANES = gl.constexpr(32)
+
+
+@gluon.jit
+def wait_for_launches_before():
+    """Programmatic dependent launch: this kernel may start early, but reads nothing before those ahead have ended."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL: gl.constexpr, HAS_CHUNK: gl.constexpr):
+    """First and end key of an item that any of its queries sees."""
+    queries = gl.load(item_ptr + 2)
+    first_position = gl.load(item_ptr + 3)
+    begin = gl.load(item_ptr + 4)
+    end = gl.load(item_ptr + 5)
+    last_position = first_position + queries - 1
+    if CAUSAL:
+        end = gl.minimum(end, last_position + 1)
+    if HAS_CHUNK:
+        begin = gl.maximum(begin, gl.maximum(first_position, 0) // attention_chunk * attention_chunk)
+        end = gl.minimum(end, (gl.maximum(last_position, 0) // attention_chunk + 1) * attention_chunk)
+    return begin, end
+
+
+# --- producer ---------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def load_page_rows(table_ptr, first_page, last_page, block_rows, BLOCK_SIZE: gl.constexpr, PAGE: gl.constexpr):
+    """Rows at which the next LANES pages of PAGE slots begin, the last page repeated past the end."""
+    PAGES_PER_BLOCK: gl.constexpr = BLOCK_SIZE // PAGE
+    lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
+    page = gl.minimum(first_page + lane, last_page)
+    block = gl.load(table_ptr + page // PAGES_PER_BLOCK)
+    return block * block_rows + (page % PAGES_PER_BLOCK) * PAGE
+
+
+@gluon.jit
+def pick(values, index):
+    """Element ``index`` of a warp's LANES values."""
+    lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
+    return gl.sum(gl.where(lane == index, values, 0), 0)
+
+
+@gluon.jit
+def produce(
+    key_descriptor, value_descriptor, block_table_ptr, items_ptr, item, stride_table_sequence,
+    key_block_rows, value_block_rows, key_row, key_column, value_row, value_column, attention_chunk, sliding_window,
+    keys, values, keys_full, values_full, tile_empty,
+    BLOCK_SIZE: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, TILE_BYTES: gl.constexpr,
+    SAME_ROWS: gl.constexpr, CAUSAL: gl.constexpr, HAS_CHUNK: gl.constexpr, STAGES: gl.constexpr,
+    FIELDS: gl.constexpr,
+):  # fmt: skip
+    """Fill the ring with the tiles of a worker's items."""
+    PAGES: gl.constexpr = BLOCK_N // PAGE
+    stage = 0
+    phase = 1
+    while item >= 0:
+        item_ptr = items_ptr + item * FIELDS
+        sequence = gl.load(item_ptr)
+        item = gl.load(item_ptr + 10)
+        begin, end = visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL, HAS_CHUNK)
+        if begin < end:
+            table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
+            page = begin // PAGE
+            last_page = (end - 1) // PAGE
+            key_rows = load_page_rows(table_ptr, page, last_page, key_block_rows, BLOCK_SIZE, PAGE)
+            value_rows = key_rows
+            if not SAME_ROWS:
+                value_rows = load_page_rows(table_ptr, page, last_page, value_block_rows, BLOCK_SIZE, PAGE)
+            while page <= last_page:
+                # These arrive while the copies of the pages before them are asked for.
+                next_key_rows = load_page_rows(table_ptr, page + LANES, last_page, key_block_rows, BLOCK_SIZE, PAGE)
+                next_value_rows = next_key_rows
+                if not SAME_ROWS:
+                    next_value_rows = load_page_rows(
+                        table_ptr, page + LANES, last_page, value_block_rows, BLOCK_SIZE, PAGE
+                    )
+                index = 0
+                while (index < LANES) & (page + index <= last_page):
+                    mbarrier.wait(tile_empty.index(stage), phase)
+                    mbarrier.expect(keys_full.index(stage), TILE_BYTES)
+                    for number in gl.static_range(PAGES):
+                        tma.async_copy_global_to_shared(
+                            key_descriptor, [key_row + pick(key_rows, index + number), key_column],
+                            keys_full.index(stage), keys.index(stage).slice(number * PAGE, PAGE),
+                        )  # fmt: skip
+                    mbarrier.expect(values_full.index(stage), TILE_BYTES)
+                    for number in gl.static_range(PAGES):
+                        tma.async_copy_global_to_shared(
+                            value_descriptor, [value_row + pick(value_rows, index + number), value_column],
+                            values_full.index(stage), values.index(stage).slice(number * PAGE, PAGE),
+                        )  # fmt: skip
+                    index += PAGES
+                    stage += 1
+                    if stage == STAGES:
+                        stage = 0
+                        phase ^= 1
+                page += LANES
+                key_rows = next_key_rows
+                value_rows = next_value_rows
+
+
+# --- consumer ---------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def tanh(x):
+    """As ``kernels.attention.tanh``."""
+    square = x * x
+    near = square * -5.70498872745e-3 + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = near * square - 3.33332819422e-1
+    near = near * square * x + x
+    far = 1.0 - 2.0 / (gl.exp2(x * 2.8853900817779268) + 1.0)
+    return gl.where(square < 0.390625, near, far)
+
+
+@gluon.jit
+def finite_shift(maximum):
+    """What to subtract before exponentiating: the maximum, 0 where that is -inf."""
+    return gl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@gluon.jit
+def add_sink(lse, sink):
+    """Weight of a result, and log2-sum-exp with one logit more of a value 0."""
+    maximum = gl.maximum(lse, sink)
+    shift = finite_shift(maximum)
+    weight = gl.exp2(lse - shift)
+    denominator = weight + gl.exp2(sink - shift)
+    denominator = gl.where(denominator == 0.0, 1.0, denominator)
+    return weight / denominator, maximum + gl.log2(denominator)
+
+
+@gluon.jit
+def clear_rows(tile, first_key, end, LAYOUT: gl.constexpr):
+    """Zero the values of slots behind the end: nothing is known of them, and 0 * NaN is NaN."""
+    position = first_key + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
+    values = tile.load(LAYOUT)
+    tile.store(gl.where((position < end)[:, None], values, 0.0).to(tile.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def merge_partials(
+    partials_ptr, partial_lse_ptr, first_slot, num_slots, head_tile, num_head_tiles, slot_rows, row_exists,
+    HEAD_DIM: gl.constexpr, SLOTS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Add up the slots of a split tile for one head tile: normalized [ROWS, D] and log2-sum-exp [ROWS].
+
+    LAYOUT [SLOTS, ROWS, D] keeps an element's slots in one thread: no two threads need to talk.
+    """
+    BY_SLOT: gl.constexpr = gl.SliceLayout(2, LAYOUT)  # [SLOTS, ROWS]
+    RESULT: gl.constexpr = gl.SliceLayout(0, LAYOUT)  # [ROWS, D]
+    ROWS: gl.constexpr = row_exists.shape[0]
+    number = gl.arange(0, SLOTS, gl.SliceLayout(1, BY_SLOT))
+    row = gl.arange(0, ROWS, gl.SliceLayout(0, BY_SLOT))
+    dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    exists = gl.convert_layout(row_exists, gl.SliceLayout(0, BY_SLOT))
+    maximum = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(0, BY_SLOT))
+    denominator = gl.zeros([ROWS], gl.float32, gl.SliceLayout(0, BY_SLOT))
+    result = gl.zeros([ROWS, HEAD_DIM], gl.float32, RESULT)
+    start = 0
+    while start < num_slots:
+        index = start + number
+        slot = gl.where(index == 0, first_slot, 2 * (first_slot // 2 + index))
+        mask = (index < num_slots)[:, None] & exists[None, :]
+        partial_row = (slot.to(gl.int64) * num_head_tiles + head_tile)[:, None] * slot_rows + row[None, :]
+        # Other multiprocessors wrote these: read past this one's first-level cache.
+        lse = gl.load(partial_lse_ptr + partial_row, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        partial_ptrs = partials_ptr + partial_row[:, :, None] * HEAD_DIM + dim[None, None, :]
+        partial = gl.load(partial_ptrs, mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
+        new_maximum = gl.maximum(maximum, gl.max(lse, 0))
+        shift = finite_shift(new_maximum)
+        weight = gl.exp2(lse - shift[None, :])
+        correction = gl.exp2(maximum - shift)
+        denominator = denominator * correction + gl.sum(weight, 0)
+        result = result * gl.convert_layout(correction, gl.SliceLayout(1, RESULT))[:, None]
+        result += gl.sum(partial * weight[:, :, None], 0)
+        maximum = new_maximum
+        start += SLOTS
+    denominator = gl.where(denominator == 0.0, 1.0, denominator)
+    result = result / gl.convert_layout(denominator, gl.SliceLayout(1, RESULT))[:, None]
+    return result, gl.convert_layout(maximum + gl.log2(denominator), gl.SliceLayout(1, RESULT))
+
+
+@gluon.jit
+def consume(
+    out_ptr, lse_ptr, partials_ptr, query_ptr, items_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
+    partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens, num_workers, num_heads,
+    head_tile, num_head_tiles, first_head, heads_left, slot_rows, item,
+    stride_out_token, stride_out_head, stride_query_token, stride_query_head,
+    keys, values, query_tile, probability_tile, keys_full, values_full, tile_empty,
+    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, QUERIES_PER_TILE: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, SLOT_ROWS: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr, HAS_SINKS: gl.constexpr, RETURN_LSE: gl.constexpr, FIELDS: gl.constexpr,
+):  # fmt: skip
+    """Attention of a worker's items over the tiles in the ring."""
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])  # of S^T and of O^T
+    COLUMN: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    ROW: gl.constexpr = gl.SliceLayout(1, PRODUCT)
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    MERGE_LANES: gl.constexpr = 32 if HEAD_DIM >= 128 else HEAD_DIM // 4
+    MERGE: gl.constexpr = gl.BlockedLayout([SLOTS, 1, 4], [1, 32 // MERGE_LANES, MERGE_LANES], [1, 4, 1], [2, 1, 0])
+    MERGED_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, MERGE))
+    DTYPE: gl.constexpr = keys.dtype
+    column = gl.arange(0, COLUMNS, COLUMN)
+    column_query = column // HEADS
+    column_head = first_head + column % HEADS
+    in_tile = (column_query < QUERIES_PER_TILE) & (column % HEADS < heads_left)
+    dim = gl.arange(0, HEAD_DIM, ROW)
+    copy_row = gl.arange(0, COLUMNS, gl.SliceLayout(1, COPY))
+    copy_query = copy_row // HEADS
+    copy_in_tile = (copy_query < QUERIES_PER_TILE) & (copy_row % HEADS < heads_left)
+    copy_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, COPY))
+    merged_row = gl.arange(0, SLOT_ROWS, MERGED_ROW)
+    merged_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, gl.SliceLayout(0, MERGE)))
+    merged_in_tile = (merged_row // HEADS < QUERIES_PER_TILE) & (merged_row % HEADS < heads_left)
+    padding_tile = item
+    stage = 0
+    phase = 0
+    while item >= 0:
+        item_ptr = items_ptr + item * FIELDS
+        first_row = gl.load(item_ptr + 1)
+        queries = gl.load(item_ptr + 2)
+        first_position = gl.load(item_ptr + 3)
+        slot = gl.load(item_ptr + 6)
+        first_slot = gl.load(item_ptr + 7)
+        num_slots = gl.load(item_ptr + 8)
+        item = gl.load(item_ptr + 10)
+        begin, end = visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL, HAS_CHUNK)
+        query_offset = (first_row + copy_query).to(gl.int64) * stride_query_token
+        query_offset += (first_head + copy_row % HEADS).to(gl.int64) * stride_query_head
+        query = gl.load(
+            query_ptr + query_offset[:, None] + copy_dim[None, :],
+            mask=(copy_in_tile & (copy_query < queries))[:, None], other=0.0,
+        )  # fmt: skip
+        query_tile.store(query)
+        fence_async_shared()
+        gl.thread_barrier()
+        column_exists = in_tile & (column_query < queries)
+        query_position = first_position + column_query
+        if HAS_ALIBI:
+            slope_log2 = gl.load(alibi_slopes_ptr + column_head, mask=column_exists, other=0.0) * 1.4426950408889634
+        maximum = gl.full([COLUMNS], float("-inf"), gl.float32, COLUMN)
+        weights = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)  # denominators, by the thread that has them
+        accumulator = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, PRODUCT)
+        start = begin // PAGE * PAGE
+        while start < end:
+            mbarrier.wait(keys_full.index(stage), phase)
+            logits = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)
+            logits = warpgroup_mma(keys.index(stage), query_tile.permute((1, 0)), logits, use_acc=False)
+            position = start + gl.arange(0, BLOCK_N, ROW)
+            logits *= logit_scale
+            if HAS_SOFTCAP:
+                logits = tanh(logits) * softcap_log2
+            distance = query_position[None, :] - position[:, None]
+            if HAS_ALIBI:
+                logits -= slope_log2[None, :] * gl.abs(distance).to(gl.float32)
+            sees = ((position >= begin) & (position < end))[:, None] & (query_position >= 0)[None, :]
+            if CAUSAL:
+                sees = sees & (distance >= 0)
+            if HAS_WINDOW:
+                sees = sees & (gl.abs(distance) < sliding_window)
+            if HAS_CHUNK:
+                query_chunk = gl.maximum(query_position, 0) // attention_chunk
+                sees = sees & (query_chunk[None, :] == (position // attention_chunk)[:, None])
+            logits = gl.where(sees, logits, float("-inf"))
+            new_maximum = gl.maximum(maximum, gl.max(logits, 0))
+            shift = finite_shift(new_maximum)
+            probabilities = gl.exp2(logits - shift[None, :])
+            correction = gl.exp2(maximum - shift)
+            weights = weights * correction[None, :] + probabilities
+            accumulator *= correction[None, :]
+            maximum = new_maximum
+            probability_tile.store(gl.permute(probabilities.to(DTYPE), (1, 0)))
+            fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.wait(values_full.index(stage), phase)
+            if start + BLOCK_N > end:
+                clear_rows(values.index(stage), start, end, COPY)
+            accumulator = warpgroup_mma(
+                values.index(stage).permute((1, 0)), probability_tile.permute((1, 0)), accumulator
+            )
+            gl.thread_barrier()  # all warps have read the tile
+            mbarrier.arrive(tile_empty.index(stage), count=1)
+            start += BLOCK_N
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        denominator = gl.sum(weights, 0)
+        denominator = gl.where(denominator == 0.0, 1.0, denominator)
+        result = accumulator * (1.0 / denominator)[None, :]
+        lse = maximum + gl.log2(denominator)
+        if slot < 0:
+            row_token = (first_row + column_query).to(gl.int64)
+            if HAS_SINKS:
+                has_sink = column_exists & (query_position >= 0)
+                sink = gl.load(sinks_ptr + column_head, mask=has_sink, other=float("-inf")) * 1.4426950408889634
+                weight, lse = add_sink(lse, sink)
+                result *= weight[None, :]
+            out_offset = row_token * stride_out_token + column_head.to(gl.int64) * stride_out_head
+            gl.store(
+                out_ptr + out_offset[None, :] + dim[:, None], result.to(out_ptr.dtype.element_ty),
+                mask=column_exists[None, :],
+            )  # fmt: skip
+            if RETURN_LSE:
+                lse_ptrs = lse_ptr + row_token * num_heads + column_head
+                gl.store(lse_ptrs, lse * 0.6931471805599453, mask=column_exists)
+        else:
+            partial_row = (slot.to(gl.int64) * num_head_tiles + head_tile) * slot_rows + column
+            gl.store(partials_ptr + partial_row[None, :] * HEAD_DIM + dim[:, None], result, mask=column_exists[None, :])
+            gl.store(partials_ptr + partial_lse_offset + partial_row, lse, mask=column_exists)
+            gl.thread_barrier()  # all threads have stored before one of them says so
+            arrivals_ptr = counts_ptr + 4 + first_slot * num_head_tiles + head_tile
+            if gl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == num_slots - 1:
+                gl.store(arrivals_ptr, 0)  # as the next layer expects it
+                merged_exists = merged_in_tile & (merged_row // HEADS < queries)
+                merged, merged_lse = merge_partials(
+                    partials_ptr, partials_ptr + partial_lse_offset, first_slot, num_slots, head_tile, num_head_tiles,
+                    slot_rows, merged_exists, HEAD_DIM, SLOTS, MERGE,
+                )  # fmt: skip
+                merged_token = (first_row + merged_row // HEADS).to(gl.int64)
+                merged_head = first_head + merged_row % HEADS
+                if HAS_SINKS:
+                    merged_has_sink = merged_exists & (first_position + merged_row // HEADS >= 0)
+                    merged_sink = (
+                        gl.load(sinks_ptr + merged_head, mask=merged_has_sink, other=float("-inf")) * 1.4426950408889634
+                    )
+                    merged_weight, merged_lse = add_sink(merged_lse, merged_sink)
+                    merged *= merged_weight[:, None]
+                merged_offset = merged_token * stride_out_token + merged_head.to(gl.int64) * stride_out_head
+                gl.store(
+                    out_ptr + merged_offset[:, None] + merged_dim[None, :], merged.to(out_ptr.dtype.element_ty),
+                    mask=merged_exists[:, None],
+                )  # fmt: skip
+                if RETURN_LSE:
+                    merged_lse_ptrs = lse_ptr + merged_token * num_heads + merged_head
+                    gl.store(merged_lse_ptrs, merged_lse * 0.6931471805599453, mask=merged_exists)
+
+    token = gl.load(counts_ptr + 1) + padding_tile * QUERIES_PER_TILE
+    while token < num_tokens:  # rows that belong to no sequence
+        row_token = (token + column_query).to(gl.int64)
+        exists = in_tile & (row_token < num_tokens)
+        out_offset = row_token * stride_out_token + column_head.to(gl.int64) * stride_out_head
+        zeros = gl.zeros([HEAD_DIM, COLUMNS], out_ptr.dtype.element_ty, PRODUCT)
+        gl.store(out_ptr + out_offset[None, :] + dim[:, None], zeros, mask=exists[None, :])
+        if RETURN_LSE:
+            empty = gl.full([COLUMNS], float("-inf"), gl.float32, COLUMN)
+            gl.store(lse_ptr + row_token * num_heads + column_head, empty, mask=exists)
+        token += num_workers * QUERIES_PER_TILE
+
+
+# --- kernel -----------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "partial_lse_offset",
+        "logit_scale",
+        "softcap_log2",
+        "sliding_window",
+        "attention_chunk",
+        "num_tokens",
+        "num_workers",
+        "slot_rows",
+    ],
+)
+def hopper_decode_kernel(
+    key_descriptor,
+    value_descriptor,
+    out_ptr,
+    lse_ptr,
+    partials_ptr,
+    query_ptr,
+    block_table_ptr,
+    items_ptr,
+    counts_ptr,
+    alibi_slopes_ptr,
+    sinks_ptr,
+    partial_lse_offset,
+    logit_scale,
+    softcap_log2,
+    sliding_window,
+    attention_chunk,
+    num_tokens,
+    num_workers,
+    num_kv_heads,
+    slot_rows,
+    stride_out_token,
+    stride_out_head,
+    stride_query_token,
+    stride_query_head,
+    stride_table_sequence,
+    key_block_rows,
+    key_head_rows,
+    key_head_columns,
+    value_block_rows,
+    value_head_rows,
+    value_head_columns,
+    GROUP: gl.constexpr,
+    HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    QUERIES_PER_TILE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    PAGE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr,
+    SLOT_ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    SAME_ROWS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    HAS_CHUNK: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+    RETURN_LSE: gl.constexpr,
+    FIELDS: gl.constexpr,
+):
+    TILES_PER_KV_HEAD: gl.constexpr = (GROUP + HEADS - 1) // HEADS
+    DTYPE: gl.constexpr = key_descriptor.dtype
+    num_head_tiles = num_kv_heads * TILES_PER_KV_HEAD
+    head_tile = gl.program_id(0) % num_head_tiles
+    worker = gl.program_id(0) // num_head_tiles
+    kv_head = head_tile // TILES_PER_KV_HEAD
+    head_of_group = (head_tile % TILES_PER_KV_HEAD) * HEADS
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    keys = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], key_descriptor.layout)
+    values = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], value_descriptor.layout)
+    query_tile = gl.allocate_shared_memory(DTYPE, [COLUMNS, HEAD_DIM], swizzled)
+    probability_tile = gl.allocate_shared_memory(DTYPE, [COLUMNS, BLOCK_N], swizzled)
+    keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    tile_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_full.index(stage), count=1)
+        mbarrier.init(values_full.index(stage), count=1)
+        mbarrier.init(tile_empty.index(stage), count=1)
+    wait_for_launches_before()
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    out_ptr, lse_ptr, partials_ptr, query_ptr, items_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
+                    partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens,
+                    num_workers, num_kv_heads * GROUP, head_tile, num_head_tiles, kv_head * GROUP + head_of_group,
+                    GROUP - head_of_group, slot_rows, worker,
+                    stride_out_token, stride_out_head, stride_query_token, stride_query_head,
+                    keys, values, query_tile, probability_tile, keys_full, values_full, tile_empty,
+                    HEADS, HEAD_DIM, COLUMNS, QUERIES_PER_TILE, PAGE, BLOCK_N, SLOTS, SLOT_ROWS, STAGES,
+                    CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI, HAS_SINKS, RETURN_LSE, FIELDS,
+                ),
+            ),
+            (
+                produce,
+                (
+                    key_descriptor, value_descriptor, block_table_ptr, items_ptr, worker, stride_table_sequence,
+                    key_block_rows, value_block_rows, kv_head * key_head_rows, kv_head * key_head_columns,
+                    kv_head * value_head_rows, kv_head * value_head_columns, attention_chunk, sliding_window,
+                    keys, values, keys_full, values_full, tile_empty,
+                    BLOCK_SIZE, PAGE, BLOCK_N, BLOCK_N * HEAD_DIM * 2, SAME_ROWS, CAUSAL, HAS_CHUNK, STAGES, FIELDS,
+                ),
+            ),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
+
+
+# --- launching --------------------------------------------------------------------------------------------------------
+
+
+class PreparedHopperDecode:
+    """All of a call that follows from shapes, strides, dtypes and host numbers, for any tensors that share them."""
+
+    __slots__ = ("_key_rows", "_launch", "_page", "_partial_elements", "_value_rows")
+
+    def __init__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        block_table: Tensor,
+        tiling: AttentionTiling,
+        hopper: HopperDecodeLaunch,
+        options: AttentionOptions,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        num_tokens, num_heads, head_size = query.shape
+        num_kv_heads = key_cache.shape[2]
+        partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
+        self._partial_elements = partial_rows * (head_size + 1)
+        self._page = hopper.page
+        self._key_rows, self._value_rows = key_rows, value_rows = hopper.key_rows, hopper.value_rows
+        softcap = options.softcap
+        strides = (
+            *out.stride()[:2], *query.stride()[:2], block_table.stride(0),
+            key_rows.block_rows, key_rows.head_rows, key_rows.head_columns,
+            value_rows.block_rows, value_rows.head_rows, value_rows.head_columns,
+        )  # fmt: skip
+        constants = (
+            num_heads // num_kv_heads, tiling.heads_per_tile, head_size, hopper.columns,
+            tiling.slot_rows // tiling.heads_per_tile,
+            key_cache.shape[1], hopper.page, hopper.block_n, hopper.slots, hopper.slot_rows, hopper.stages,
+            key_rows.block_rows == value_rows.block_rows,
+            options.causal, options.sliding_window is not None, options.attention_chunk is not None,
+            softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
+            ITEM_FIELDS,
+        )  # fmt: skip
+        compiler_options = {} if hopper.max_registers is None else {"maxnreg": hopper.max_registers}
+        self._launch = launch_hopper_decode.prepare(
+            (query.dtype, specialized((num_kv_heads, *strides)), constants),
+            (tiling.workers * tiling.head_tiles, 1),
+            query.device,
+            (
+                partial_rows * head_size,
+                options.scale * LOG2E if softcap is None else options.scale / softcap,
+                0.0 if softcap is None else softcap * LOG2E,
+                options.sliding_window or 0,
+                options.attention_chunk or 0,
+                num_tokens,
+                tiling.workers,
+                num_kv_heads,
+                tiling.slot_rows,
+                *strides,
+                *constants,
+            ),
+            num_warps=4,
+            launch_pdl=True,
+            **compiler_options,
+        )
+
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_table: Tensor,
+        plan: tuple[Tensor, Tensor] | list[Tensor],
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """Write attention into ``out`` [T, Hq, D] and its log-sum-exp into ``lse`` (fp32 [T, Hq])."""
+        items, counts = plan
+        partials = torch.empty(self._partial_elements, dtype=torch.float32, device=query.device)
+        self._launch(
+            (out, lse, partials, query, block_table, items, counts, alibi_slopes, sinks),
+            (describe(key_cache, self._key_rows, self._page), describe(value_cache, self._value_rows, self._page)),
+        )
+
+
+def describe(cache: Tensor, rows: CacheRows, page: int) -> Any:
+    """What the copy engine needs to know of a cache to fetch its pages."""
+    return TensorDescriptor(
+        cache, [rows.num_rows, rows.num_columns], [cache.stride(1), 1], [page, cache.shape[3]], swizzled_layout()
+    )
+
+
+@lru_cache
+def swizzled_layout() -> Any:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+launch_hopper_decode = Launcher(hopper_decode_kernel)
