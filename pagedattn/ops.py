@@ -819,12 +819,12 @@ class _SeenAttention(NamedTuple):
     return_lse: bool
 
     def __call__(self, tensors: tuple[Tensor, ...], optional: tuple[Tensor | None, ...]) -> Any:
-        query, key_cache, value_cache, block_table, _, query_start_loc, *plan = tensors[:9]
+        query, key_cache, value_cache, block_table, _, _, *plan = tensors[:8]
         *features, out = optional
         if out is None:
             out = torch.empty_like(query) if self.resembles_query else query.new_empty(self.shape, dtype=self.dtype)
         lse = query.new_empty(self.shape[:2], dtype=torch.float32) if self.return_lse else None
-        self.prepared(query, key_cache, value_cache, block_table, query_start_loc, plan, *features, out, lse)
+        self.prepared(query, key_cache, value_cache, block_table, plan, *features, out, lse)
         return out if lse is None else (out, lse)
 
 
