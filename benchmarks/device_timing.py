@@ -7,6 +7,7 @@ the host clock is read, which is good for trying the code and for nothing else.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def _time_replays(graph: torch.cuda.CUDAGraph, replays: int) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
 
 
 def _time_on_host(launch: Callable[[int], object], copies: int, seconds: float) -> float:
@@ -89,7 +90,7 @@ def _time_on_host(launch: Callable[[int], object], copies: int, seconds: float) 
 
 
 def measure_ceilings(scratch: Tensor) -> Ceilings:
-    """Read, copy and matrix product rates; ``scratch`` is a flat bf16 tensor of random numbers, whose end is written to."""
+    """Read, copy and matrix product rates. ``scratch``: flat, bf16, random numbers; its end is overwritten."""
     device, seconds = scratch.device, 0.2 if scratch.is_cuda else 0.01
     half = scratch.numel() // 2
     source, target = scratch[:half], scratch[half : 2 * half]

@@ -187,6 +187,6 @@ def _ragged_over_uniform(rows: list[Row]) -> dict[str, float]:
             and other["sliding_window"] is None and other["cache_dtype"] == "bf16" and microseconds(other, OURS)
         ]  # fmt: skip
         if uniform:
-            nearest = min(uniform, key=lambda other: abs(math.log(other["bytes"] / row["bytes"])))  # noqa: B023
+            nearest = min(uniform, key=lambda other: abs(math.log(other["bytes"] / row["bytes"])))
             found[row["key"]] = ours / row["limit_us"] * nearest["limit_us"] / nearest["systems"][OURS]["us"]
     return found

@@ -2,14 +2,14 @@
 
     python -m benchmarks.kernels [--shapes FILE ...] [--peers all] [--only REGEX] [--json OUT]
 
-Decode attention is bound by the bytes of the visible keys and values over the read bandwidth, prefill by the arithmetic
-of its visible (query, key) pairs, an append by a copy of its rows; the three ceilings are measured first. Every launch
-reads pages of its own, dealt out in random order, so that the L2 cache is cold; launches are timed on the device, in CUDA
-graphs (``benchmarks/device_timing.py``). Plans and metadata are made before, for every system, and timed apart.
+Decode attention is bound by the bytes of the visible keys and values over the read bandwidth, prefill by the
+arithmetic of its visible (query, key) pairs, an append by a copy of its rows; the three ceilings are measured first.
+Every launch reads pages of its own, dealt out in random order, so that the L2 cache is cold; launches are timed on the
+device, in CUDA graphs (``benchmarks/device_timing.py``). Plans and metadata are made before, and timed apart.
 
-A result is checked against fp64 before it is timed, and what the timed graph wrote is checked again after; a wrong one is
-not reported. A peer that cannot do a shape is a dash, with its reason in the JSON. With ``--device cpu`` ours is the torch
-reference, and the times are those of the host: that tries the code, on shapes that are small.
+A result is checked against fp64 before it is timed, and what the timed graph wrote is checked again after; a wrong one
+is not reported. A peer that cannot do a shape is a dash, with its reason in the JSON. With ``--device cpu`` ours is the
+torch reference, and the times are those of the host: that tries the code, on shapes that are small.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Ours:
         shape = inputs.shape
         step = (inputs.seq_lens, inputs.query_start_loc)
         plan = pagedattn.plan_attention(*step, **self._geometry(shape))
-        options = {
+        options: dict[str, Any] = {
             "max_query_len": shape.max_query_len,
             "scale": shape.scale,
             "sliding_window": shape.sliding_window,
@@ -129,18 +129,24 @@ def measure_attention(system: System, inputs: AttentionInputs, expected: float, 
     return result | ({"note": prepared.note} if prepared.note else {})
 
 
+def append_launch(inputs: AppendInputs) -> Callable[[int], object]:
+    """Our append of the shape's kind, of the copy of an index."""
+
+    def append(copy: int) -> None:
+        caches = (inputs.key_cache, inputs.value_cache, inputs.slot_mappings[copy])
+        pagedattn.append_kv(inputs.keys[copy], inputs.values[copy], *caches)
+
+    def rope_append(copy: int) -> None:
+        caches = (inputs.key_cache, inputs.value_cache, inputs.slot_mappings[copy])
+        rows = (inputs.queries[copy], inputs.keys[copy], inputs.values[copy])
+        pagedattn.rope_append_kv(*rows, inputs.cos_sin, inputs.positions, *caches)
+
+    return rope_append if inputs.shape.kind == "rope_append" else append
+
+
 def measure_append(inputs: AppendInputs, expected: float, seconds: float) -> dict[str, Any]:
     """Check and time our appends."""
-
-    def launch(copy: int) -> None:
-        caches = (inputs.key_cache, inputs.value_cache, inputs.slot_mappings[copy])
-        if inputs.shape.kind == "append":
-            pagedattn.append_kv(inputs.keys[copy], inputs.values[copy], *caches)
-        else:
-            rows = (inputs.queries[copy], inputs.keys[copy], inputs.values[copy])
-            pagedattn.rope_append_kv(*rows, inputs.cos_sin, inputs.positions, *caches)
-
-    before = inputs.queries[0].clone()
+    launch, before = append_launch(inputs), inputs.queries[0].clone()
     for copy in range(inputs.copies):
         launch(copy)
     error = inputs.check(0, before)
@@ -280,10 +286,10 @@ def run(parsed: argparse.Namespace) -> int:
         if parsed.json:
             parsed.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         ours = row["systems"][OURS]
+        took = time.perf_counter() - begun
         print(
-            f"{shape.key}: {number(ours.get('us'))} us of {number(row['limit_us'])} ({time.perf_counter() - begun:.1f} s)",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            f"{shape.key}: {number(ours.get('us'))} us of {number(row['limit_us'])}, in {took:.1f} s", file=sys.stderr
+        )
     if document["rows"]:
         print_results(document)
         print(json.dumps(document))

@@ -69,7 +69,7 @@ def _version(package: str) -> str:
 
 
 def _page_list(inputs: AttentionInputs, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Each copy's pages of the first ``lengths`` tokens in one row: indptr [B + 1] on the host, pages [C, ...], last."""
+    """Each copy's pages of the first ``lengths`` tokens in one row: indptr [B + 1] on the host, pages [C, :], last."""
     size = inputs.shape.block_size
     counts = torch.tensor([-(-length // size) for length in lengths], dtype=torch.int32)
     indptr = torch.cat((torch.zeros(1, dtype=torch.int32), counts.cumsum(0, dtype=torch.int32)))
@@ -99,7 +99,8 @@ class FlashAttention3:
         window = (-1, -1) if shape.sliding_window is None else (shape.sliding_window - 1, 0)
         descale = {}
         if is_fp8:
-            assert inputs.k_scale is not None and inputs.v_scale is not None
+            assert inputs.k_scale is not None
+            assert inputs.v_scale is not None
             every = (shape.batch, shape.num_kv_heads)
             descale = {
                 "q_descale": torch.ones(every, device=inputs.device),
@@ -252,7 +253,7 @@ class FlashInfer:
 
 
 class VllmTriton:
-    """vLLM's unified Triton attention, with the scratch and the thresholds that its backend gives it under CUDA graphs."""
+    """vLLM's unified Triton attention, with the scratch and thresholds that its backend gives it under CUDA graphs."""
 
     SEGMENTS, LEAST_GRID, MOST_QUERIES_IN_SEGMENTS = 16, 128, 8
 
@@ -271,7 +272,8 @@ class VllmTriton:
         extra: dict[str, Any] = {"k_descale": None, "v_descale": None}
         if shape.scales == "tensor":
             require(shape.cache_dtype == "fp8", f"no {shape.cache_dtype} cache with one scale")
-            assert inputs.k_scale is not None and inputs.v_scale is not None
+            assert inputs.k_scale is not None
+            assert inputs.v_scale is not None
             every = (shape.batch, shape.num_kv_heads)
             extra = {"k_descale": inputs.k_scale.expand(every), "v_descale": inputs.v_scale.expand(every)}
             extra["kv_quant_mode"] = self._modes.FP8_PER_TENSOR
@@ -348,6 +350,8 @@ class SGLangTriton:
                 has_mla=shape.kind == "latent", use_pdl=properties.major >= 9,
             )  # fmt: skip
 
+        if shape.cache_dtype == "fp8":  # it rounds queries and probabilities to the cache's dtype
+            return Prepared(launch, plan, tolerance=FP8_TOLERANCE, note="fp8 query")
         return Prepared(launch, plan)
 
     def _prepare_extend(self, inputs: AttentionInputs) -> Prepared:
@@ -406,7 +410,7 @@ class TorchAttention:
     """torch's scaled_dot_product_attention over keys and values that are gathered first: what needs no paged kernel."""
 
     def __init__(self) -> None:
-        self.name, self.version = "torch SDPA", torch.__version__
+        self.name, self.version = "torch SDPA", str(torch.__version__)
 
     def prepare(self, inputs: AttentionInputs) -> Prepared:
         shape = inputs.shape
@@ -419,11 +423,11 @@ class TorchAttention:
         sizes = (shape.batch, shape.max_query_len)
 
         def launch(copy: int) -> None:
-            gathered = [c.index_select(0, slots[copy]).unflatten(0, (shape.batch, -1)) for c in (keys, values)]
+            gathered = (c.index_select(0, slots[copy]).unflatten(0, (shape.batch, -1)) for c in (keys, values))
+            key, value = (rows.transpose(1, 2) for rows in gathered)
             query = inputs.queries[copy].unflatten(0, sizes).transpose(1, 2)
             out = torch.nn.functional.scaled_dot_product_attention(
-                query, *(rows.transpose(1, 2) for rows in gathered), is_causal=shape.max_query_len > 1,
-                scale=shape.scale, enable_gqa=True,
+                query, key, value, is_causal=shape.max_query_len > 1, scale=shape.scale, enable_gqa=True,
             )  # fmt: skip
             inputs.outs[copy].copy_(out.transpose(1, 2).flatten(0, 1))
 

@@ -18,7 +18,7 @@ def read_kernel(source_ptr, sums_ptr, BLOCK: tl.constexpr):
 
 
 def read(source: Tensor, sums: Tensor) -> None:
-    """Read a flat 16-bit tensor whole; ``sums`` (fp32) keeps one number of each program so that the loads are wanted."""
+    """Read a flat 16-bit tensor whole; ``sums`` (fp32) keeps a number of each program, so that the loads are wanted."""
     words = source.view(torch.int32)
     programs = words.numel() // BLOCK
     read_kernel[(programs,)](words, sums.view(torch.int32), BLOCK=BLOCK, num_warps=8)

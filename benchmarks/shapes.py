@@ -1,8 +1,8 @@
 """The grid that the kernel benchmark runs over: what a file of shapes says, and the least that a shape must move.
 
-A file holds ``shapes`` (decode and prefill), ``mla`` (latent attention), ``append`` and, under ``sinks``, the names of the
-shapes that have attention sinks. ``window`` is FlashAttention's left window: our ``sliding_window`` is one more. Names
-repeat, so results are told apart by ``Shape.key``.
+A file holds ``shapes`` (decode and prefill), ``mla`` (latent attention), ``append`` and, under ``sinks``, the names of
+the shapes that have attention sinks. ``window`` is FlashAttention's left window: our ``sliding_window`` is one more.
+Names repeat, so results are told apart by ``Shape.key``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROPE_QUERY_HEADS = 32  # of the model that rope_append_kv serves here, which the
 
 @dataclass(frozen=True)
 class Shape:
-    """One batch. ``query_lens`` are the new tokens of each sequence, ``seq_lens`` count them and what is cached before."""
+    """One batch. ``query_lens``: the new tokens of each sequence; ``seq_lens`` count them and what is cached before."""
 
     name: str
     kind: str
@@ -126,7 +126,7 @@ class Shape:
 
     @property
     def bytes(self) -> float:
-        """What must move at the least: each visible key and value once, queries in, results out; or what append writes."""
+        """The least that must move: visible keys and values once, queries in, results out; or the rows of an append."""
         rows, heads = self.num_tokens, self.num_kv_heads
         if self.is_append:
             moved = 2.0 * rows * heads * (self.head_size + self.value_size) * 2

@@ -83,9 +83,8 @@ class AttentionInputs:
         device = arena.device
         layout = choose_layout(shape, arena.cold_bytes)
         self.shape, self.device, self.copies = shape, device, layout.copies
-        integers = {"dtype": torch.int32, "device": device}
-        self.seq_lens = torch.tensor(shape.seq_lens, **integers)
-        self.query_start_loc = torch.tensor((0, *accumulate(shape.query_lens)), **integers)
+        self.seq_lens = torch.tensor(shape.seq_lens, dtype=torch.int32, device=device)
+        self.query_start_loc = torch.tensor((0, *accumulate(shape.query_lens)), dtype=torch.int32, device=device)
         self.block_tables = self._deal(layout)  # [C, B, max_blocks]
         self.key_cache, self.value_cache = arena.caches(shape, layout.num_blocks)
         self.k_scale = self.v_scale = None
