@@ -89,10 +89,19 @@ def _time_on_host(launch: Callable[[int], object], copies: int, seconds: float) 
     return statistics.median(times)
 
 
+def scratch_elements(device: torch.device) -> int:
+    """How many numbers ``measure_ceilings`` needs: far more than a cache holds."""
+    return 1 << 30 if device.type == "cuda" else 1 << 18
+
+
 def measure_ceilings(scratch: Tensor) -> Ceilings:
-    """Read, copy and matrix product rates. ``scratch``: flat, bf16, random numbers; its end is overwritten."""
+    """Read, copy and matrix product rates.
+
+    Args:
+        scratch: flat, bf16, random, at least ``scratch_elements`` long; part of it is overwritten with the rest.
+    """
     device, seconds = scratch.device, 0.2 if scratch.is_cuda else 0.01
-    half = scratch.numel() // 2
+    half = scratch_elements(device) // 2
     source, target = scratch[:half], scratch[half : 2 * half]
     copied = time_launches(lambda _: target.copy_(source), 1, 1e-3, seconds, device)
     if scratch.is_cuda:

@@ -9,7 +9,8 @@ from typing import Any
 OURS = "pagedattn"
 INVARIANT = "pagedattn batch-invariant"
 BANDWIDTH_CLASSES = ((512e6, math.inf), (128e6, 512e6), (64e6, 128e6), (0.0, 64e6))  # bytes that a shape moves
-COMPUTE_BOUND = 0.8  # share of a limit that arithmetic must have for a shape to be called bound by it
+
+SECTIONS = (("decode",), ("prefill",), ("latent",), ("append", "rope_append"))  # a table for each
 
 Row = dict[str, Any]
 

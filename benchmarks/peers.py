@@ -143,7 +143,8 @@ class FlashInfer:
     def prepare(self, inputs: AttentionInputs) -> Prepared:
         shape = inputs.shape
         require_cuda(inputs)
-        require(self._backend == "auto" or shape.kind == "prefill", "the same as auto")
+        has_choice = shape.kind == "prefill" or shape.sinks  # a decode without sinks is fa2 anyway
+        require(self._backend == "auto" or has_choice, "as without a backend named")
         require(shape.cache_dtype in ("bf16", "fp8"), f"no {shape.cache_dtype} cache of this layout")
         require(shape.scales in ("none", "tensor"), f"no scales per {shape.scales}")
         require(shape.query_dtype == "bf16" or self._backend == "auto", "no fp8 queries")
@@ -453,7 +454,7 @@ def load_peers(names: list[str]) -> tuple[list[System], dict[str, str]]:
             raise ValueError(f"peers: got {name!r}; must be all, none or some of {', '.join(PEERS)}")
         try:
             found.append(PEERS[name]())
-        except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever somebody's import raises
             reasons[name] = f"not importable: {first_line(error)}"
     return found, reasons
 

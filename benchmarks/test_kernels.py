@@ -1,7 +1,7 @@
 """The kernel benchmark's shapes as pytest-benchmark cases, for comparing runs: ``pytest benchmarks/test_kernels.py``.
 
-The clock is the device's. A round is a graph of several launches with a cold L2 cache; microseconds of one, GB/s and the
-share of the measured read bandwidth (for appends: of a copy's) are in ``extra_info``.
+The clock is the device's. A round is a graph of several launches with a cold L2 cache; microseconds of one, GB/s and
+the share of the measured read bandwidth (for appends: of a copy's) are in ``extra_info``.
 """
 
 from __future__ import annotations

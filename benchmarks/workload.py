@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from benchmarks.device_timing import scratch_elements
 from benchmarks.shapes import Shape
 from pagedattn.kernels.quantization import dequantize, quantize, token_scale
 
@@ -48,15 +49,16 @@ def choose_layout(shape: Shape, cold_bytes: int) -> Layout:
 
 
 class Arena:
-    """Random numbers for the caches of all shapes."""
+    """Random numbers for the caches of all shapes, and for measuring the device's ceilings."""
 
     def __init__(self, shapes: list[Shape], device: torch.device, cold_bytes: int | None = None) -> None:
         self.device = device
         self.cold_bytes = (COLD_BYTES if device.type == "cuda" else 0) if cold_bytes is None else cold_bytes
-        largest = max(
+        sizes = [
             choose_layout(shape, self.cold_bytes).num_blocks * shape.block_size * shape.num_kv_heads * shape.head_size
             for shape in shapes
-        )
+        ]
+        largest = max(*sizes, scratch_elements(device))
         self.keys, self.values = (self._normal(largest) for _ in range(2))
 
     def _normal(self, size: int) -> Tensor:
