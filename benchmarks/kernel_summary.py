@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-OURS = "pagedattn"
-INVARIANT = "pagedattn batch-invariant"
+from benchmarks.attention_systems import INVARIANT, OURS
+
 BANDWIDTH_CLASSES = ((512e6, math.inf), (128e6, 512e6), (64e6, 128e6), (0.0, 64e6))  # bytes that a shape moves
 
 SECTIONS = (("decode",), ("prefill",), ("latent",), ("append", "rope_append"))  # a table for each

@@ -28,19 +28,10 @@ from typing import Any
 import torch
 
 import pagedattn
+from benchmarks.attention_systems import OURS, Ours, System, UnsupportedError, first_line
 from benchmarks.device_timing import Ceilings, measure_ceilings, time_launches
-from benchmarks.kernel_summary import INVARIANT, OURS, SECTIONS, number, summarize, table
-from benchmarks.peers import (
-    FP8_TOLERANCE,
-    PEERS,
-    TOLERANCE,
-    Prepared,
-    System,
-    UnsupportedError,
-    first_line,
-    load_peers,
-    require,
-)
+from benchmarks.kernel_summary import SECTIONS, number, summarize, table
+from benchmarks.peers import PEERS, load_peers
 from benchmarks.shapes import Shape, load_shapes
 from benchmarks.workload import AppendInputs, Arena, AttentionInputs, WrongResultError
 
@@ -51,56 +42,6 @@ DEFAULT_SHAPES = (FOLDER / "canonical_shapes.json", FOLDER / "known_shapes.json"
 
 class DeviceLostError(Exception):
     """The device answers nothing any more."""
-
-
-class Ours:
-    """Our own ops, with one plan for all copies as an engine has one for all layers."""
-
-    def __init__(self, batch_invariant: bool = False) -> None:
-        self.name = INVARIANT if batch_invariant else OURS
-        self.version = pagedattn.__version__
-        self._batch_invariant = batch_invariant
-
-    def prepare(self, inputs: AttentionInputs) -> Prepared:
-        shape = inputs.shape
-        require(shape.kind == "decode" or not self._batch_invariant, "measured for decode alone")
-        step = (inputs.seq_lens, inputs.query_start_loc)
-        plan = pagedattn.plan_attention(*step, **self._geometry(shape))
-        options: dict[str, Any] = {
-            "max_query_len": shape.max_query_len,
-            "scale": shape.scale,
-            "sliding_window": shape.sliding_window,
-            "softcap": shape.softcap,
-            "sinks": inputs.sinks,
-            "q_scale": inputs.q_scale,
-            "k_scale": inputs.k_scale,
-            "v_scale": inputs.v_scale,
-            "plan": plan,
-        }
-
-        def launch(copy: int) -> None:
-            pagedattn.paged_attention(
-                inputs.queries[copy], inputs.key_cache, inputs.value_cache, inputs.block_tables[copy], *step,
-                out=inputs.outs[copy], **options,
-            )  # fmt: skip
-
-        def replan(_: int) -> None:
-            pagedattn.plan_attention(*step, **self._geometry(shape), out=plan)
-
-        return Prepared(launch, replan, tolerance=FP8_TOLERANCE if shape.query_dtype == "fp8" else TOLERANCE)
-
-    def _geometry(self, shape: Shape) -> dict[str, Any]:
-        return {
-            "num_heads": shape.num_heads,
-            "num_kv_heads": shape.num_kv_heads,
-            "head_size": shape.head_size,
-            "head_size_v": shape.value_size,
-            "block_size": shape.block_size,
-            "max_query_len": shape.max_query_len,
-            "max_seq_len": shape.max_seq_len,
-            "sliding_window": shape.sliding_window,
-            "batch_invariant": self._batch_invariant,
-        }
 
 
 def measure_attention(system: System, inputs: AttentionInputs, expected: float, seconds: float) -> dict[str, Any]:

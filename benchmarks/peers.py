@@ -9,49 +9,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.attention_systems import FP8_TOLERANCE, TOLERANCE, Prepared, System, first_line, require, require_cuda
 from benchmarks.workload import DTYPES, AttentionInputs
 
-TOLERANCE = 0.01  # of the relative error: twice what bf16 results over bf16 probabilities have
-FP8_TOLERANCE = 0.08  # where probabilities are rounded to e4m3 too
 WORKSPACE_BYTES = 512 << 20  # FlashInfer's for split results
-
-
-class UnsupportedError(Exception):
-    """A system cannot do a shape; the message says why."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A shape, ready to be run."""
-
-    launch: Callable[[int], object]  # attention over the copy of this index, into its ``outs``
-    plan: Callable[[int], object] | None = None  # what an engine does once a step before the layers
-    plans_on_host: bool = False  # the plan runs on the host, and cannot be in a CUDA graph
-    tolerance: float = TOLERANCE
-    note: str = ""
-
-
-class System(Protocol):
-    name: str
-    version: str
-
-    def prepare(self, inputs: AttentionInputs) -> Prepared:
-        """Raises UnsupportedError for a shape that it cannot do."""
-
-
-def require(holds: bool, reason: str) -> None:
-    if not holds:
-        raise UnsupportedError(reason)
-
-
-def require_cuda(inputs: AttentionInputs) -> None:
-    require(inputs.device.type == "cuda", "needs CUDA")
 
 
 def _module(*names: str) -> Any:
@@ -457,8 +423,3 @@ def load_peers(names: list[str]) -> tuple[list[System], dict[str, str]]:
         except Exception as error:  # noqa: BLE001 - whatever somebody's import raises
             reasons[name] = f"not importable: {first_line(error)}"
     return found, reasons
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}".strip()[:160]

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attention_systems import OURS
 from benchmarks.engine import table
-from benchmarks.kernel_summary import OURS, SECTIONS
+from benchmarks.kernel_summary import SECTIONS
 from benchmarks.kernel_summary import table as kernel_table
 
 ROOT = Path(__file__).resolve().parents[1]

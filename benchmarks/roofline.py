@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_summary import OURS, best_peer, microseconds
+from benchmarks.attention_systems import OURS
+from benchmarks.kernel_summary import best_peer, microseconds
 from benchmarks.shapes import KINDS
 
 COLORS = {"decode": "tab:blue", "prefill": "tab:red", "latent": "tab:green"}

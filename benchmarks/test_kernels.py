@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.attention_systems import Ours
 from benchmarks.device_timing import Ceilings, capture, launches_per_graph, measure_ceilings
-from benchmarks.kernels import DEFAULT_SHAPES, Ours, append_launch
+from benchmarks.kernels import DEFAULT_SHAPES, append_launch
 from benchmarks.shapes import Shape, load_shapes
 from benchmarks.workload import AppendInputs, Arena, AttentionInputs
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import pagedattn
 from benchmarks import kernels, peers, report, roofline
+from benchmarks.attention_systems import OURS, Prepared
 from benchmarks.device_timing import Ceilings, launches_per_graph
-from benchmarks.kernel_summary import OURS, ratio, summarize
+from benchmarks.kernel_summary import ratio, summarize
 from benchmarks.shapes import Shape, load_shapes
 from benchmarks.workload import Arena, AttentionInputs, WrongResultError, choose_layout
 from tests.kernels import oracle
@@ -173,7 +174,7 @@ def test_a_raising_peer_is_a_dash_with_its_reason(shapes_file: Path, monkeypatch
     class Broken:
         name, version = "broken", "1"
 
-        def prepare(self, inputs: AttentionInputs) -> peers.Prepared:
+        def prepare(self, inputs: AttentionInputs) -> Prepared:
             raise RuntimeError("no such kernel\nsecond line")
 
     monkeypatch.setitem(peers.PEERS, "broken", Broken)
