@@ -152,18 +152,21 @@ def print_table(headings: list[str], rows: list[list[str]]) -> None:
 
 
 def print_results(document: dict[str, Any]) -> None:
+    print("not measured:")
+    for name, reason in document["missing"].items():
+        print(f"  {name}: {reason}")
+    shapes: dict[tuple[str, str], list[str]] = {}
+    for row in document["rows"]:
+        for name, found in row["systems"].items():
+            if "reason" in found:
+                shapes.setdefault((name, found["reason"]), []).append(row["key"])
+    for (name, reason), keys in shapes.items():
+        print(f"  {name}: {reason}: {keys[0]}" + f" and {len(keys) - 1} more" * (len(keys) > 1))
     for kinds in SECTIONS:
         headings, rows = table(document, kinds)
         if rows:
             print(f"\n{' and '.join(kinds)}")
             print_table(headings, rows)
-    print("\nnot measured:")
-    for name, reason in document["missing"].items():
-        print(f"  {name}: {reason}")
-    for row in document["rows"]:
-        for name, found in row["systems"].items():
-            if "reason" in found:
-                print(f"  {row['key']}: {name}: {found['reason']}")
     print("\nsummary:")
     for name, figure in document["summary"].items():
         entries = figure.items() if isinstance(figure, dict) else [("", figure)]
@@ -184,7 +187,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="REGEX", help="measure the shapes whose key this is found in")
     parser.add_argument("--seconds", type=float, default=0.15, help="of timing for each shape and system")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, after every shape")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all results to this file, after every shape")
     return parser.parse_args(arguments)
 
 
@@ -236,7 +239,7 @@ def run(parsed: argparse.Namespace) -> int:
         )
     if document["rows"]:
         print_results(document)
-        print(json.dumps(document))
+        print(json.dumps({name: value for name, value in document.items() if name != "rows"}))
     bad = [
         f"{row['key']}: {found['reason']}"
         for row in document["rows"]

@@ -187,7 +187,9 @@ def test_a_raising_peer_is_a_dash_with_its_reason(shapes_file: Path, monkeypatch
 
 def test_last_line_is_json(shapes_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(shapes_file, "--only", "plain", "--peers", "none") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "kernels"
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["benchmark"] == "kernels"
+    assert last["summary"]["against_peers"]["small decode"]["shapes"] == 1
 
 
 def test_bad_arguments_end_in_one_line(shapes_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
