@@ -21,6 +21,7 @@ from pagedattn.kernels.quantization import dequantize, quantize, token_scale
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 COLD_BYTES = 200 << 20  # read between two uses of a copy: four times an H100's L2
 ROWS_CHECKED = 5
+MOST_ON_CPU = 1 << 26  # elements of keys: the shapes of real models are for a GPU
 LARGEST_NUMBER = 6.0  # that normal draws reach; sets the scale of integer caches
 
 
@@ -59,6 +60,8 @@ class Arena:
             for shape in shapes
         ]
         largest = max(*sizes, scratch_elements(device))
+        if device.type == "cpu" and largest > MOST_ON_CPU:
+            raise ValueError(f"shapes: got caches of {largest} elements; must be at most {MOST_ON_CPU} on a CPU")
         self.keys, self.values = (self._normal(largest) for _ in range(2))
 
     def _normal(self, size: int) -> Tensor:

@@ -195,7 +195,8 @@ def test_last_line_is_json(shapes_file: Path, capsys: pytest.CaptureFixture[str]
 def test_bad_arguments_end_in_one_line(shapes_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(shapes_file, "--peers", "nobody") == 2
     assert run(shapes_file, "--only", "nothing like this") == 2
-    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert run(kernels.DEFAULT_SHAPES[0], "--only", "llama2") == 2  # gigabytes, on a CPU
+    assert len(capsys.readouterr().err.splitlines()) == 3
 
 
 def test_launches_are_whole_rounds_over_the_copies() -> None:
