@@ -735,6 +735,14 @@ class HeadSizes:
         return cls(key, max(least, next_power_of_2(key)), rest, head_size_v, max(least, next_power_of_2(head_size_v)))
 
 
+def cache_itemsize(cache: Tensor) -> float:
+    """Bytes of an element of a head, as stored."""
+    return 0.5 if cache.dtype == torch.uint8 else cache.element_size()
+
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
 def prepare_hopper(
     query: Tensor,
     key_cache: Tensor,
@@ -746,16 +754,15 @@ def prepare_hopper(
     lse: Tensor | None,
 ) -> Any:
     """The Hopper kernel's launch, where there is that chip and a kernel of its own for such a call; else None."""
-    scales = (options.q_scale, options.k_scale, options.v_scale, options.tree_mask)
     if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device)[0] != 9:
         return None
-    if any(scale is not None for scale in scales) or query.dtype not in (torch.float16, torch.bfloat16):
+    if options.tree_mask is not None or options.q_scale is not None or query.dtype not in HALF_DTYPES:
         return None
     hopper = choose_hopper_decode(
         tiling=tiling,
         head_size=query.shape[2],
         head_size_v=out.shape[2],
-        itemsize=key_cache.element_size(),
+        cache_itemsize=cache_itemsize(key_cache),
         block_size=key_cache.shape[1],
         key_rows=CacheRows.of(key_cache.shape, key_cache.stride(), key_cache.element_size()),
         value_rows=CacheRows.of(value_cache.shape, value_cache.stride(), value_cache.element_size()),
@@ -793,7 +800,7 @@ class PreparedAttention:
             head_size=head_size,
             head_size_v=head_size_v,
             itemsize=out.element_size(),
-            cache_itemsize=0.5 if key_cache.dtype == torch.uint8 else key_cache.element_size(),
+            cache_itemsize=cache_itemsize(key_cache),
             shared_memory=shared_memory(device),
         )
         programs = tiling.workers
@@ -865,7 +872,9 @@ class PreparedAttention:
     ) -> None:
         """Write attention into ``out`` [T, Hq, Dv] and its log-sum-exp into ``lse`` (fp32 [T, Hq])."""
         if self._hopper is not None and not (key_cache.data_ptr() | value_cache.data_ptr()) % ALIGNMENT:
-            self._hopper(query, key_cache, value_cache, block_table, plan, alibi_slopes, sinks, out, lse)
+            self._hopper(
+                query, key_cache, value_cache, block_table, plan, alibi_slopes, sinks, k_scale, v_scale, out, lse
+            )
             return
         if self._reads_bits:
             query, key_cache, value_cache = (

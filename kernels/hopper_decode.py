@@ -9,6 +9,11 @@ one thread block of two partitions that share a ring of STAGES tiles of keys and
   rows cost nothing: S^T [BLOCK_N, COLUMNS] = K Q^T, then O^T [D, COLUMNS] += V^T P^T. A column is a query token and a
   head: column c is query token c // HEADS and head c % HEADS of the head tile.
 
+Quantized caches travel as they are stored; the consumer makes fp16 tiles of them, which hold every stored number
+exactly. Queries then are fp16 too, each over a power of two of its own so that none overflows, which joins the logits'
+scale with those of queries and keys; a scale per token joins the logits' rows, and values are multiplied by theirs.
+int4 pairs come apart as even elements, then odd ones, so queries and results take their dimensions in that order.
+
 Pages of at least 8 slots come by TMA, which reads what it is told as rows of one two-dimensional tensor: row
 block * BLOCK_ROWS + head * HEAD_ROWS + slot, from column head * HEAD_COLUMNS on.
 
@@ -34,9 +39,18 @@ from torch import Tensor
 
 from pagedattn.kernels.launcher import Launcher, specialized
 from pagedattn.kernels.options import AttentionOptions
+from pagedattn.kernels.quantization import scale_mode, token_strides
 from pagedattn.kernels.tiling import ITEM_FIELDS, LOG2E, AttentionTiling, CacheRows, HopperDecodeLaunch
 
 LANES = gl.constexpr(32)
+
+
+@gluon.jit
+def warm_copy_engine(key_descriptor, value_descriptor, tiles, barrier, PAGE: gl.constexpr, PAGE_BYTES: gl.constexpr):
+    """Fetch a page that nobody reads, so that the copy engine has both descriptors when it is first needed."""
+    mbarrier.expect(barrier, 2 * PAGE_BYTES)
+    tma.async_copy_global_to_shared(key_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
+    tma.async_copy_global_to_shared(value_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
 
 
 @gluon.jit
@@ -68,13 +82,18 @@ def visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL: gl.constexpr
 
 
 @gluon.jit
-def load_page_rows(table_ptr, first_page, last_page, block_rows, BLOCK_SIZE: gl.constexpr, PAGE: gl.constexpr):
-    """Rows at which the next LANES pages of PAGE slots begin, the last page repeated past the end."""
-    PAGES_PER_BLOCK: gl.constexpr = BLOCK_SIZE // PAGE
+def load_blocks(table_ptr, first_page, last_page, PAGES_PER_BLOCK: gl.constexpr):
+    """Block ids of the next LANES pages, the last page repeated past the end."""
+    lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
+    return gl.load(table_ptr + gl.minimum(first_page + lane, last_page) // PAGES_PER_BLOCK)
+
+
+@gluon.jit
+def page_rows(blocks, first_page, last_page, block_rows, PAGE: gl.constexpr, PAGES_PER_BLOCK: gl.constexpr):
+    """Rows at which the pages of ``load_blocks`` begin."""
     lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
     page = gl.minimum(first_page + lane, last_page)
-    block = gl.load(table_ptr + page // PAGES_PER_BLOCK)
-    return block * block_rows + (page % PAGES_PER_BLOCK) * PAGE
+    return blocks * block_rows + (page % PAGES_PER_BLOCK) * PAGE
 
 
 @gluon.jit
@@ -88,13 +107,14 @@ def pick(values, index):
 def produce(
     key_descriptor, value_descriptor, block_table_ptr, items_ptr, item, stride_table_sequence,
     key_block_rows, value_block_rows, key_row, key_column, value_row, value_column, attention_chunk, sliding_window,
-    keys, values, keys_full, values_full, tile_empty,
+    keys, values, keys_full, values_full, tile_empty, warmed,
     BLOCK_SIZE: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, TILE_BYTES: gl.constexpr,
     SAME_ROWS: gl.constexpr, CAUSAL: gl.constexpr, HAS_CHUNK: gl.constexpr, STAGES: gl.constexpr,
     FIELDS: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring with the tiles of a worker's items."""
     PAGES: gl.constexpr = BLOCK_N // PAGE
+    PAGES_PER_BLOCK: gl.constexpr = BLOCK_SIZE // PAGE
     stage = 0
     phase = 1
     while item >= 0:
@@ -106,21 +126,19 @@ def produce(
             table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
             page = begin // PAGE
             last_page = (end - 1) // PAGE
-            key_rows = load_page_rows(table_ptr, page, last_page, key_block_rows, BLOCK_SIZE, PAGE)
-            value_rows = key_rows
-            if not SAME_ROWS:
-                value_rows = load_page_rows(table_ptr, page, last_page, value_block_rows, BLOCK_SIZE, PAGE)
+            blocks = load_blocks(table_ptr, page, last_page, PAGES_PER_BLOCK)
             while page <= last_page:
-                # These arrive while the copies of the pages before them are asked for.
-                next_key_rows = load_page_rows(table_ptr, page + LANES, last_page, key_block_rows, BLOCK_SIZE, PAGE)
-                next_value_rows = next_key_rows
+                key_rows = page_rows(blocks, page, last_page, key_block_rows, PAGE, PAGES_PER_BLOCK)
+                value_rows = key_rows
                 if not SAME_ROWS:
-                    next_value_rows = load_page_rows(
-                        table_ptr, page + LANES, last_page, value_block_rows, BLOCK_SIZE, PAGE
-                    )
+                    value_rows = page_rows(blocks, page, last_page, value_block_rows, PAGE, PAGES_PER_BLOCK)
+                if page + LANES <= last_page:  # these arrive while the copies of the pages before them are asked for
+                    blocks = load_blocks(table_ptr, page + LANES, last_page, PAGES_PER_BLOCK)
                 index = 0
                 while (index < LANES) & (page + index <= last_page):
                     mbarrier.wait(tile_empty.index(stage), phase)
+                    if stage == STAGES - 1:
+                        mbarrier.wait(warmed, 0)
                     mbarrier.expect(keys_full.index(stage), TILE_BYTES)
                     for number in gl.static_range(PAGES):
                         tma.async_copy_global_to_shared(
@@ -139,8 +157,6 @@ def produce(
                         stage = 0
                         phase ^= 1
                 page += LANES
-                key_rows = next_key_rows
-                value_rows = next_value_rows
 
 
 # --- consumer ---------------------------------------------------------------------------------------------------------
@@ -157,6 +173,15 @@ def tanh(x):
     near = near * square * x + x
     far = 1.0 - 2.0 / (gl.exp2(x * 2.8853900817779268) + 1.0)
     return gl.where(square < 0.390625, near, far)
+
+
+@gluon.jit
+def element_of(dim, HEAD_DIM: gl.constexpr, FORMAT: gl.constexpr):
+    """Which element of a head a tile's column is."""
+    element = dim
+    if FORMAT == "int4":
+        element = gl.where(dim < HEAD_DIM // 2, 2 * dim, 2 * dim - HEAD_DIM + 1)
+    return element
 
 
 @gluon.jit
@@ -177,11 +202,72 @@ def add_sink(lse, sink):
 
 
 @gluon.jit
-def clear_rows(tile, first_key, end, LAYOUT: gl.constexpr):
-    """Zero the values of slots behind the end: nothing is known of them, and 0 * NaN is NaN."""
+def bytes_to_half(packed, BIAS: gl.constexpr):
+    """Unsigned bytes less BIAS (128 or 8) as fp16: a byte in the low bits of 1024.0 is that much more than 1024."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 low, high, bias;
+        prmt.b32 low, $2, 0x64646464, 0x4140;
+        prmt.b32 high, $2, 0x64646464, 0x4342;
+        mov.b32 bias, """
+        + ("0x64806480" if BIAS == 128 else "0x64086408")
+        + """;
+        sub.f16x2 $0, low, bias;
+        sub.f16x2 $1, high, bias;
+        }
+        """,
+        "=r,=r,r", [packed], dtype=gl.float16, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Write a stored tile [BLOCK_N, D] (int4: [BLOCK_N, D / 2]) as fp16, times scale [BLOCK_N] if there is one."""
+    numbers = stored.load(LAYOUT)
+    if FORMAT == "int4":
+        HALF: gl.constexpr = stored.shape[1]
+        even = bytes_to_half((numbers & 0x0F) ^ 0x08, 8)
+        odd = bytes_to_half((numbers >> 4) ^ 0x08, 8)
+        if HAS_SCALE:
+            even = (even.to(gl.float32) * scale[:, None]).to(gl.float16)
+            odd = (odd.to(gl.float32) * scale[:, None]).to(gl.float16)
+        tile.slice(0, HALF, dim=1).store(even)
+        tile.slice(HALF, HALF, dim=1).store(odd)
+    else:
+        if FORMAT == "int8":
+            values = bytes_to_half(numbers.to(gl.uint8, bitcast=True) ^ 0x80, 128)
+        else:
+            values = numbers.to(gl.float16)
+        if HAS_SCALE:
+            values = (values.to(gl.float32) * scale[:, None]).to(gl.float16)
+        tile.store(values)
+
+
+@gluon.jit
+def load_token_scales(scale_ptr, blocks, position, stride_block, stride_slot, end, BLOCK_SIZE: gl.constexpr):
+    """Scales of positions whose blocks are known; those behind the end are the last one's."""
+    slot = gl.minimum(position, end - 1) % BLOCK_SIZE
+    return gl.load(scale_ptr + blocks.to(gl.int64) * stride_block + slot * stride_slot)
+
+
+@gluon.jit
+def load_shared_scale(scale_ptr, kv_head, MODE: gl.constexpr):
+    """A scale that all tokens share, 1 where there is none or each token has its own."""
+    scale = 1.0
+    if MODE == 1:
+        scale = gl.load(scale_ptr)
+    elif MODE == 2:
+        scale = gl.load(scale_ptr + kv_head)
+    return scale
+
+
+@gluon.jit
+def clear_rows(tile, first_key, begin, end, LAYOUT: gl.constexpr):
+    """Zero the values outside begin..end: nothing is known of them, and 0 * NaN is NaN."""
     position = first_key + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
     values = tile.load(LAYOUT)
-    tile.store(gl.where((position < end)[:, None], values, 0.0).to(tile.dtype))
+    tile.store(gl.where(((position >= begin) & (position < end))[:, None], values, 0.0).to(tile.dtype))
     fence_async_shared()
     gl.thread_barrier()
 
@@ -210,7 +296,7 @@ def merge_partials(
         index = start + number
         slot = gl.where(index == 0, first_slot, 2 * (first_slot // 2 + index))
         mask = (index < num_slots)[:, None] & exists[None, :]
-        partial_row = (slot.to(gl.int64) * num_head_tiles + head_tile)[:, None] * slot_rows + row[None, :]
+        partial_row = (slot * num_head_tiles + head_tile)[:, None] * slot_rows + row[None, :]
         # Other multiprocessors wrote these: read past this one's first-level cache.
         lse = gl.load(partial_lse_ptr + partial_row, mask=mask, other=float("-inf"), cache_modifier=".cg")
         partial_ptrs = partials_ptr + partial_row[:, :, None] * HEAD_DIM + dim[None, None, :]
@@ -231,15 +317,18 @@ def merge_partials(
 
 @gluon.jit
 def consume(
-    out_ptr, lse_ptr, partials_ptr, query_ptr, items_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
-    partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens, num_workers, num_heads,
-    head_tile, num_head_tiles, first_head, heads_left, slot_rows, item,
-    stride_out_token, stride_out_head, stride_query_token, stride_query_head,
-    keys, values, query_tile, probability_tile, keys_full, values_full, tile_empty,
+    out_ptr, lse_ptr, partials_ptr, query_ptr, block_table_ptr, items_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
+    k_scale_ptr, v_scale_ptr, partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens, num_workers, num_heads,
+    head_tile, num_head_tiles, kv_head, first_head, heads_left, slot_rows, item,
+    stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
+    stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
+    keys, values, key_tile, value_tile, query_tile, probability_tile, keys_full, values_full, tile_empty,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, QUERIES_PER_TILE: gl.constexpr,
     PAGE: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, SLOT_ROWS: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    HAS_ALIBI: gl.constexpr, HAS_SINKS: gl.constexpr, RETURN_LSE: gl.constexpr, FIELDS: gl.constexpr,
+    HAS_ALIBI: gl.constexpr, HAS_SINKS: gl.constexpr, RETURN_LSE: gl.constexpr,
+    FORMAT: gl.constexpr, K_SCALE: gl.constexpr, V_SCALE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
     """Attention of a worker's items over the tiles in the ring."""
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])  # of S^T and of O^T
@@ -249,24 +338,32 @@ def consume(
     MERGE_LANES: gl.constexpr = 32 if HEAD_DIM >= 128 else HEAD_DIM // 4
     MERGE: gl.constexpr = gl.BlockedLayout([SLOTS, 1, 4], [1, 32 // MERGE_LANES, MERGE_LANES], [1, 4, 1], [2, 1, 0])
     MERGED_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, MERGE))
-    DTYPE: gl.constexpr = keys.dtype
+    STORED_DIM: gl.constexpr = keys.shape[2]
+    STORED: gl.constexpr = gl.BlockedLayout([1, 16], [512 // STORED_DIM, STORED_DIM // 16], [4, 1], [1, 0])
+    STORED_ROW: gl.constexpr = gl.SliceLayout(1, STORED)
+    DTYPE: gl.constexpr = query_tile.dtype
+    IS_QUANTIZED: gl.constexpr = FORMAT != "same"
+    shared_scale = load_shared_scale(k_scale_ptr, kv_head, K_SCALE)
+    result_scale = load_shared_scale(v_scale_ptr, kv_head, V_SCALE)
     column = gl.arange(0, COLUMNS, COLUMN)
     column_query = column // HEADS
     column_head = first_head + column % HEADS
     in_tile = (column_query < QUERIES_PER_TILE) & (column % HEADS < heads_left)
     dim = gl.arange(0, HEAD_DIM, ROW)
+    out_dim = element_of(dim, HEAD_DIM, FORMAT)
     copy_row = gl.arange(0, COLUMNS, gl.SliceLayout(1, COPY))
     copy_query = copy_row // HEADS
     copy_in_tile = (copy_query < QUERIES_PER_TILE) & (copy_row % HEADS < heads_left)
-    copy_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, COPY))
+    copy_dim = element_of(gl.arange(0, HEAD_DIM, gl.SliceLayout(0, COPY)), HEAD_DIM, FORMAT)
     merged_row = gl.arange(0, SLOT_ROWS, MERGED_ROW)
-    merged_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, gl.SliceLayout(0, MERGE)))
+    merged_dim = element_of(gl.arange(0, HEAD_DIM, gl.SliceLayout(0, gl.SliceLayout(0, MERGE))), HEAD_DIM, FORMAT)
     merged_in_tile = (merged_row // HEADS < QUERIES_PER_TILE) & (merged_row % HEADS < heads_left)
     padding_tile = item
     stage = 0
     phase = 0
     while item >= 0:
         item_ptr = items_ptr + item * FIELDS
+        sequence = gl.load(item_ptr)
         first_row = gl.load(item_ptr + 1)
         queries = gl.load(item_ptr + 2)
         first_position = gl.load(item_ptr + 3)
@@ -281,7 +378,14 @@ def consume(
             query_ptr + query_offset[:, None] + copy_dim[None, :],
             mask=(copy_in_tile & (copy_query < queries))[:, None], other=0.0,
         )  # fmt: skip
-        query_tile.store(query)
+        column_scale = gl.full([COLUMNS], logit_scale * shared_scale, gl.float32, COLUMN)
+        if IS_QUANTIZED:
+            query = query.to(gl.float32)
+            largest = gl.max(gl.abs(query), 1)
+            power = gl.exp2(gl.floor(gl.log2(gl.where(largest > 0.0, largest, 1.0))))
+            query = query / power[:, None]
+            column_scale *= gl.convert_layout(power, COLUMN)
+        query_tile.store(query.to(DTYPE))
         fence_async_shared()
         gl.thread_barrier()
         column_exists = in_tile & (column_query < queries)
@@ -292,12 +396,43 @@ def consume(
         weights = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)  # denominators, by the thread that has them
         accumulator = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, PRODUCT)
         start = begin // PAGE * PAGE
+        table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
+        if K_SCALE == 3:
+            key_position = start + gl.arange(0, BLOCK_N, ROW)
+            key_blocks = gl.load(table_ptr + gl.minimum(key_position, end - 1) // BLOCK_SIZE, mask=begin < end, other=0)
+        if V_SCALE == 3:
+            value_position = start + gl.arange(0, BLOCK_N, STORED_ROW)
+            value_blocks = gl.load(
+                table_ptr + gl.minimum(value_position, end - 1) // BLOCK_SIZE, mask=begin < end, other=0
+            )
         while start < end:
+            position = start + gl.arange(0, BLOCK_N, ROW)
+            value_scale = 1.0
+            # A tile's scales are asked for before the tile has come, and the blocks of the next ones with them.
+            if K_SCALE == 3:
+                key_scale = load_token_scales(
+                    k_scale_ptr, key_blocks, position, stride_k_scale_block, stride_k_scale_slot, end, BLOCK_SIZE
+                )
+                key_blocks = gl.load(table_ptr + gl.minimum(position + BLOCK_N, end - 1) // BLOCK_SIZE)
+            if V_SCALE == 3:
+                value_position = start + gl.arange(0, BLOCK_N, STORED_ROW)
+                value_scale = load_token_scales(
+                    v_scale_ptr, value_blocks, value_position, stride_v_scale_block, stride_v_scale_slot, end,
+                    BLOCK_SIZE,
+                )  # fmt: skip
+                value_blocks = gl.load(table_ptr + gl.minimum(value_position + BLOCK_N, end - 1) // BLOCK_SIZE)
             mbarrier.wait(keys_full.index(stage), phase)
             logits = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)
-            logits = warpgroup_mma(keys.index(stage), query_tile.permute((1, 0)), logits, use_acc=False)
-            position = start + gl.arange(0, BLOCK_N, ROW)
-            logits *= logit_scale
+            if IS_QUANTIZED:
+                dequantize(keys.index(stage), key_tile, 1.0, FORMAT, False, STORED)
+                fence_async_shared()
+                gl.thread_barrier()
+                logits = warpgroup_mma(key_tile, query_tile.permute((1, 0)), logits, use_acc=False)
+            else:
+                logits = warpgroup_mma(keys.index(stage), query_tile.permute((1, 0)), logits, use_acc=False)
+            logits *= column_scale[None, :]
+            if K_SCALE == 3:
+                logits *= key_scale[:, None]
             if HAS_SOFTCAP:
                 logits = tanh(logits) * softcap_log2
             distance = query_position[None, :] - position[:, None]
@@ -323,11 +458,21 @@ def consume(
             fence_async_shared()
             gl.thread_barrier()
             mbarrier.wait(values_full.index(stage), phase)
-            if start + BLOCK_N > end:
-                clear_rows(values.index(stage), start, end, COPY)
-            accumulator = warpgroup_mma(
-                values.index(stage).permute((1, 0)), probability_tile.permute((1, 0)), accumulator
-            )
+            if IS_QUANTIZED:
+                dequantize(values.index(stage), value_tile, value_scale, FORMAT, V_SCALE == 3, STORED)
+                fence_async_shared()
+                gl.thread_barrier()
+                if (start < begin) | (start + BLOCK_N > end):
+                    clear_rows(value_tile, start, begin, end, COPY)
+                accumulator = warpgroup_mma(
+                    value_tile.permute((1, 0)), probability_tile.permute((1, 0)), accumulator
+                )
+            else:
+                if (start < begin) | (start + BLOCK_N > end):
+                    clear_rows(values.index(stage), start, begin, end, COPY)
+                accumulator = warpgroup_mma(
+                    values.index(stage).permute((1, 0)), probability_tile.permute((1, 0)), accumulator
+                )
             gl.thread_barrier()  # all warps have read the tile
             mbarrier.arrive(tile_empty.index(stage), count=1)
             start += BLOCK_N
@@ -346,16 +491,17 @@ def consume(
                 sink = gl.load(sinks_ptr + column_head, mask=has_sink, other=float("-inf")) * 1.4426950408889634
                 weight, lse = add_sink(lse, sink)
                 result *= weight[None, :]
+            result *= result_scale
             out_offset = row_token * stride_out_token + column_head.to(gl.int64) * stride_out_head
             gl.store(
-                out_ptr + out_offset[None, :] + dim[:, None], result.to(out_ptr.dtype.element_ty),
+                out_ptr + out_offset[None, :] + out_dim[:, None], result.to(out_ptr.dtype.element_ty),
                 mask=column_exists[None, :],
             )  # fmt: skip
             if RETURN_LSE:
                 lse_ptrs = lse_ptr + row_token * num_heads + column_head
                 gl.store(lse_ptrs, lse * 0.6931471805599453, mask=column_exists)
         else:
-            partial_row = (slot.to(gl.int64) * num_head_tiles + head_tile) * slot_rows + column
+            partial_row = (slot * num_head_tiles + head_tile) * slot_rows + column
             gl.store(partials_ptr + partial_row[None, :] * HEAD_DIM + dim[:, None], result, mask=column_exists[None, :])
             gl.store(partials_ptr + partial_lse_offset + partial_row, lse, mask=column_exists)
             gl.thread_barrier()  # all threads have stored before one of them says so
@@ -376,6 +522,7 @@ def consume(
                     )
                     merged_weight, merged_lse = add_sink(merged_lse, merged_sink)
                     merged *= merged_weight[:, None]
+                merged *= result_scale
                 merged_offset = merged_token * stride_out_token + merged_head.to(gl.int64) * stride_out_head
                 gl.store(
                     out_ptr + merged_offset[:, None] + merged_dim[None, :], merged.to(out_ptr.dtype.element_ty),
@@ -425,6 +572,8 @@ def hopper_decode_kernel(
     counts_ptr,
     alibi_slopes_ptr,
     sinks_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     partial_lse_offset,
     logit_scale,
     softcap_log2,
@@ -445,6 +594,12 @@ def hopper_decode_kernel(
     value_block_rows,
     value_head_rows,
     value_head_columns,
+    stride_k_scale_block,
+    stride_k_scale_slot,
+    stride_k_scale_head,
+    stride_v_scale_block,
+    stride_v_scale_slot,
+    stride_v_scale_head,
     GROUP: gl.constexpr,
     HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -464,18 +619,32 @@ def hopper_decode_kernel(
     HAS_ALIBI: gl.constexpr,
     HAS_SINKS: gl.constexpr,
     RETURN_LSE: gl.constexpr,
+    FORMAT: gl.constexpr,
+    K_SCALE: gl.constexpr,
+    V_SCALE: gl.constexpr,
     FIELDS: gl.constexpr,
 ):
     TILES_PER_KV_HEAD: gl.constexpr = (GROUP + HEADS - 1) // HEADS
-    DTYPE: gl.constexpr = key_descriptor.dtype
+    STORED_TYPE: gl.constexpr = key_descriptor.dtype
+    STORED_DIM: gl.constexpr = HEAD_DIM // 2 if FORMAT == "int4" else HEAD_DIM
+    DTYPE: gl.constexpr = query_ptr.dtype.element_ty if FORMAT == "same" else gl.float16
     num_head_tiles = num_kv_heads * TILES_PER_KV_HEAD
     head_tile = gl.program_id(0) % num_head_tiles
     worker = gl.program_id(0) // num_head_tiles
     kv_head = head_tile // TILES_PER_KV_HEAD
     head_of_group = (head_tile % TILES_PER_KV_HEAD) * HEADS
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    keys = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], key_descriptor.layout)
-    values = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], value_descriptor.layout)
+    keys = gl.allocate_shared_memory(STORED_TYPE, [STAGES, BLOCK_N, STORED_DIM], key_descriptor.layout)
+    values = gl.allocate_shared_memory(STORED_TYPE, [STAGES, BLOCK_N, STORED_DIM], value_descriptor.layout)
+    key_tile = keys.index(0)
+    value_tile = values.index(0)
+    if FORMAT != "same":
+        key_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], swizzled)
+        value_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], swizzled)
+        if K_SCALE == 3:
+            k_scale_ptr += kv_head.to(gl.int64) * stride_k_scale_head
+        if V_SCALE == 3:
+            v_scale_ptr += kv_head.to(gl.int64) * stride_v_scale_head
     query_tile = gl.allocate_shared_memory(DTYPE, [COLUMNS, HEAD_DIM], swizzled)
     probability_tile = gl.allocate_shared_memory(DTYPE, [COLUMNS, BLOCK_N], swizzled)
     keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -485,20 +654,31 @@ def hopper_decode_kernel(
         mbarrier.init(keys_full.index(stage), count=1)
         mbarrier.init(values_full.index(stage), count=1)
         mbarrier.init(tile_empty.index(stage), count=1)
+    warmed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(warmed, count=1)
+    # Into the stage that is filled last; the producer waits for it there.
+    warm_copy_engine(
+        key_descriptor, value_descriptor, keys.index(STAGES - 1), warmed,
+        PAGE, PAGE * STORED_DIM * STORED_TYPE.primitive_bitwidth // 8,
+    )  # fmt: skip
     wait_for_launches_before()
     gl.warp_specialize(
         [
             (
                 consume,
                 (
-                    out_ptr, lse_ptr, partials_ptr, query_ptr, items_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
+                    out_ptr, lse_ptr, partials_ptr, query_ptr, block_table_ptr, items_ptr, counts_ptr, alibi_slopes_ptr,
+                    sinks_ptr, k_scale_ptr, v_scale_ptr,
                     partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens,
-                    num_workers, num_kv_heads * GROUP, head_tile, num_head_tiles, kv_head * GROUP + head_of_group,
-                    GROUP - head_of_group, slot_rows, worker,
-                    stride_out_token, stride_out_head, stride_query_token, stride_query_head,
-                    keys, values, query_tile, probability_tile, keys_full, values_full, tile_empty,
+                    num_workers, num_kv_heads * GROUP, head_tile, num_head_tiles, kv_head,
+                    kv_head * GROUP + head_of_group, GROUP - head_of_group, slot_rows, worker,
+                    stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
+                    stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
+                    keys, values, key_tile, value_tile, query_tile, probability_tile,
+                    keys_full, values_full, tile_empty,
                     HEADS, HEAD_DIM, COLUMNS, QUERIES_PER_TILE, PAGE, BLOCK_N, SLOTS, SLOT_ROWS, STAGES,
-                    CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI, HAS_SINKS, RETURN_LSE, FIELDS,
+                    CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI, HAS_SINKS, RETURN_LSE,
+                    FORMAT, K_SCALE, V_SCALE, BLOCK_SIZE, FIELDS,
                 ),
             ),
             (
@@ -507,14 +687,15 @@ def hopper_decode_kernel(
                     key_descriptor, value_descriptor, block_table_ptr, items_ptr, worker, stride_table_sequence,
                     key_block_rows, value_block_rows, kv_head * key_head_rows, kv_head * key_head_columns,
                     kv_head * value_head_rows, kv_head * value_head_columns, attention_chunk, sliding_window,
-                    keys, values, keys_full, values_full, tile_empty,
-                    BLOCK_SIZE, PAGE, BLOCK_N, BLOCK_N * HEAD_DIM * 2, SAME_ROWS, CAUSAL, HAS_CHUNK, STAGES, FIELDS,
+                    keys, values, keys_full, values_full, tile_empty, warmed,
+                    BLOCK_SIZE, PAGE, BLOCK_N, BLOCK_N * STORED_DIM * STORED_TYPE.primitive_bitwidth // 8, SAME_ROWS, CAUSAL, HAS_CHUNK, STAGES, FIELDS,
                 ),
             ),
         ],
         [1],
         [40],
     )  # fmt: skip
+    mbarrier.wait(warmed, 0)  # shared memory is not given up while something may still be written there
 
 
 # --- launching --------------------------------------------------------------------------------------------------------
@@ -547,6 +728,7 @@ class PreparedHopperDecode:
             *out.stride()[:2], *query.stride()[:2], block_table.stride(0),
             key_rows.block_rows, key_rows.head_rows, key_rows.head_columns,
             value_rows.block_rows, value_rows.head_rows, value_rows.head_columns,
+            *token_strides(options.k_scale), *token_strides(options.v_scale),
         )  # fmt: skip
         constants = (
             num_heads // num_kv_heads, tiling.heads_per_tile, head_size, hopper.columns,
@@ -555,11 +737,11 @@ class PreparedHopperDecode:
             key_rows.block_rows == value_rows.block_rows,
             options.causal, options.sliding_window is not None, options.attention_chunk is not None,
             softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
-            ITEM_FIELDS,
+            FORMATS.get(key_cache.dtype, "same"), scale_mode(options.k_scale), scale_mode(options.v_scale), ITEM_FIELDS,
         )  # fmt: skip
         compiler_options = {} if hopper.max_registers is None else {"maxnreg": hopper.max_registers}
         self._launch = launch_hopper_decode.prepare(
-            (query.dtype, specialized((num_kv_heads, *strides)), constants),
+            (query.dtype, key_cache.dtype, out.dtype, specialized((num_kv_heads, *strides)), constants),
             (tiling.workers * tiling.head_tiles, 1),
             query.device,
             (
@@ -589,6 +771,8 @@ class PreparedHopperDecode:
         plan: tuple[Tensor, Tensor] | list[Tensor],
         alibi_slopes: Tensor | None,
         sinks: Tensor | None,
+        k_scale: Tensor | None,
+        v_scale: Tensor | None,
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
@@ -596,21 +780,23 @@ class PreparedHopperDecode:
         items, counts = plan
         partials = torch.empty(self._partial_elements, dtype=torch.float32, device=query.device)
         self._launch(
-            (out, lse, partials, query, block_table, items, counts, alibi_slopes, sinks),
+            (out, lse, partials, query, block_table, items, counts, alibi_slopes, sinks, k_scale, v_scale),
             (describe(key_cache, self._key_rows, self._page), describe(value_cache, self._value_rows, self._page)),
         )
 
 
 def describe(cache: Tensor, rows: CacheRows, page: int) -> Any:
     """What the copy engine needs to know of a cache to fetch its pages."""
+    layout = swizzled_layout(cache.shape[3] * cache.element_size(), cache.element_size() * 8)
     return TensorDescriptor(
-        cache, [rows.num_rows, rows.num_columns], [cache.stride(1), 1], [page, cache.shape[3]], swizzled_layout()
+        cache, [rows.num_rows, rows.num_columns], [cache.stride(1), 1], [page, cache.shape[3]], layout
     )
 
 
 @lru_cache
-def swizzled_layout() -> Any:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+def swizzled_layout(row_bytes: int, element_bits: int) -> Any:
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, row_bytes), element_bitwidth=element_bits, rank=2)
 
 
+FORMATS = {torch.float8_e4m3fn: "float8", torch.float8_e5m2: "float8", torch.int8: "int8", torch.uint8: "int4"}
 launch_hopper_decode = Launcher(hopper_decode_kernel)

@@ -65,6 +65,15 @@ def max_chunks(max_seq_len: int) -> int:
     return min(ceil_div(max_seq_len, FINE_CHUNK), COARSE_FROM // FINE_CHUNK + ceil_div(max_seq_len, COARSE_CHUNK))
 
 
+def round_workers(workers: int) -> int:
+    """A little fewer, where that makes a round number: batches often are round, and then fewer sequences are cut."""
+    for unit in (32, 16, 8):
+        rounded = workers // unit * unit
+        if rounded * 25 >= workers * 24:
+            return rounded
+    return workers
+
+
 @dataclass(frozen=True)
 class AttentionTiling:
     """Tile shape and buffer bounds of one attention geometry."""
@@ -117,7 +126,7 @@ def choose_tiling(
     slot_rows = min(rows, max_query_len * heads_per_tile)
     if not batch_invariant and tiles_per_sequence <= 1 and rows <= MAX_WALKED_ROWS:
         # Large heads fill a multiprocessor's shared memory with one thread block.
-        workers = max(1, multiprocessors * (2 if largest_head <= 128 else 1) // head_tiles)
+        workers = round_workers(max(1, multiprocessors * (2 if largest_head <= 128 else 1) // head_tiles))
         return AttentionTiling(
             rows=rows,
             heads_per_tile=heads_per_tile,
@@ -196,6 +205,7 @@ HOPPER_HEAD_SIZES = (64, 128, 256)
 HOPPER_BLOCK_N = 64  # keys of a tile: the rows of one warp-group product
 HOPPER_SHARED_MEMORY = 232_448  # bytes that one thread block may use
 HOPPER_HALF_SHARED_MEMORY = 115_712  # that each of two on a multiprocessor may use
+HOPPER_IN_FLIGHT = 131_072  # bytes that a multiprocessor asks for at a time: more only disorders the memory's queues
 HOPPER_MAX_COLUMNS = 32  # more would not fit in the registers of one warp group
 MIN_PAGE = 8  # slots: swizzled tiles are made of eight rows
 
@@ -253,23 +263,34 @@ def choose_hopper_decode(
     tiling: AttentionTiling,
     head_size: int,
     head_size_v: int,
-    itemsize: int,
+    cache_itemsize: float,
     block_size: int,
     key_rows: CacheRows | None,
     value_rows: CacheRows | None,
 ) -> HopperDecodeLaunch | None:
-    """The launch of the Hopper kernel for 16-bit caches; None where it has none and the portable kernel serves."""
+    """The launch of the Hopper kernel; None where it has none and the portable kernel serves.
+
+    ``cache_itemsize``: bytes of an element as stored, 0.5 for int4.
+    """
     page = min(block_size & -block_size, HOPPER_BLOCK_N)
-    is_served = tiling.workers > 0 and head_size == head_size_v and head_size in HOPPER_HEAD_SIZES and itemsize == 2
-    if not is_served or page < MIN_PAGE or key_rows is None or value_rows is None:
+    is_served = tiling.workers > 0 and head_size == head_size_v and head_size in HOPPER_HEAD_SIZES
+    # Halves of an int4 tile are tiles of whole swizzles.
+    if not is_served or page < MIN_PAGE or (cache_itemsize < 1 and head_size < 128) or cache_itemsize > 2:
         return None
     slot_rows = next_power_of_2(tiling.slot_rows)
     columns = max(8, slot_rows)
-    if columns > HOPPER_MAX_COLUMNS:
+    if columns > HOPPER_MAX_COLUMNS or key_rows is None or value_rows is None:
         return None
-    fixed = columns * (head_size + HOPPER_BLOCK_N) * itemsize + 4096  # query, probabilities; barriers and reductions
-    available = HOPPER_HALF_SHARED_MEMORY if head_size <= 128 else HOPPER_SHARED_MEMORY
-    stages = (available - fixed) // (2 * HOPPER_BLOCK_N * head_size * itemsize)
+    is_half = head_size <= 128  # of a multiprocessor
+    available = HOPPER_HALF_SHARED_MEMORY if is_half else HOPPER_SHARED_MEMORY
+    available -= columns * (head_size + HOPPER_BLOCK_N) * 2 + 4096  # query, probabilities; barriers and reductions
+    if cache_itemsize < 2:  # tiles that were dequantized
+        available -= 2 * HOPPER_BLOCK_N * head_size * 2
+    stage = int(2 * HOPPER_BLOCK_N * head_size * cache_itemsize)
+    in_flight = HOPPER_IN_FLIGHT // (2 if is_half else 1)
+    stages = min(available // stage, max(2, in_flight // stage))
+    if stages < 2:
+        return None
     return HopperDecodeLaunch(
         columns=columns,
         page=page,
@@ -277,7 +298,7 @@ def choose_hopper_decode(
         stages=stages,
         slots=max(1, min(16, 8192 // (slot_rows * head_size))),
         slot_rows=slot_rows,
-        max_registers=128 if head_size <= 128 else None,
+        max_registers=128 if is_half else None,
         key_rows=key_rows,
         value_rows=value_rows,
     )
