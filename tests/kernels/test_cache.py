@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +105,60 @@ def test_rope_append(dtype: torch.dtype, interleaved: bool, rotary_dim: int) -> 
     assert torch.equal(key, original_key)
     assert_appended(key_cache.cpu().double(), expected[1], slots, atol=tolerance, rtol=0)
     assert_appended(value_cache, value, slots)
+
+
+@pytest.mark.parametrize(("size", "rotary_dim"), [(128, 80), (96, 96), (104, 96), (80, 6)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("cache", ["as dtype", torch.uint8], ids=str)
+def test_rotary_dims_that_are_no_powers_of_two(
+    size: int, rotary_dim: int, interleaved: bool, cache: torch.dtype | str
+) -> None:
+    """A rotation of each head, and an append of what it gives; several programs for the heads of one query."""
+    generator = torch.Generator().manual_seed(size)
+    key, value = torch.randn(2, 3, 2, size, generator=generator).to(DEVICE, torch.float32).unbind()
+    query = torch.randn(3, 24, size, generator=generator).to(DEVICE, torch.float32)
+    cos_sin = torch.randn(7, rotary_dim, generator=generator).to(DEVICE)
+    positions, slots = torch.tensor([6, 0, 3], device=DEVICE), torch.tensor([5, 0, 2], device=DEVICE)
+    dtype = torch.float32 if isinstance(cache, str) else cache
+    stored = size if isinstance(cache, str) else size // 2
+    caches, expected = torch.zeros(2, 2, 2, 3, 2, stored, device=DEVICE).to(dtype).unbind()
+    scales: Any = dict.fromkeys(("k_scale", "v_scale"), torch.full((), 0.3, device=DEVICE)) if stored != size else {}
+    rows = cos_sin[positions]
+    wanted = cache_reference.rotate(query, rows, interleaved)
+    cache_reference.append_kv(
+        cache_reference.rotate(key, rows, interleaved), value, *expected.unbind(), slots, **scales
+    )
+    pagedattn.rope_append_kv(
+        query, key, value, cos_sin, positions, *caches.unbind(), slots, interleaved=interleaved, **scales
+    )
+    torch.testing.assert_close(query, wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(caches, expected)
+
+
+def test_no_rotation_is_an_append() -> None:
+    """A rotary dimension of 0 is refused by name; what it would mean is append_kv."""
+    query, key, value, key_cache, value_cache, slots = inputs(0, DTYPES[0], "NHD", 4)
+    positions = torch.zeros(len(key), dtype=torch.int64, device=DEVICE)
+    for width in (0, 26, 7):
+        with pytest.raises(ValueError, match=r"^cos_sin: "):
+            pagedattn.rope_append_kv(
+                query, key, value, torch.ones(1, width, device=DEVICE), positions, key_cache, value_cache, slots
+            )
+
+
+def test_choose_append_launch() -> None:
+    """Every head has a program, and with few tokens no program has many elements."""
+    pytest.importorskip("triton")
+    from pagedattn.kernels.cache import FEW_ELEMENTS, MANY_ELEMENTS, MANY_TOKENS, choose_append_launch
+
+    for num_tokens in (1, 256, MANY_TOKENS - 1, MANY_TOKENS, 8192):
+        limit = FEW_ELEMENTS if num_tokens < MANY_TOKENS else MANY_ELEMENTS
+        for heads, kv_heads, size in ((32, 8, 128), (9, 3, 64), (128, 1, 576), (1, 1, 8), (40, 40, 256)):
+            launch = choose_append_launch(num_tokens, heads, kv_heads, size)
+            for per_program, total in ((launch.heads, heads), (launch.kv_heads, kv_heads)):
+                assert per_program & (per_program - 1) == 0
+                assert 1 <= per_program < 2 * total
+                assert per_program == 1 or per_program * size <= limit
 
 
 def test_rope_append_rotates_queries_of_skipped_tokens() -> None:
