@@ -4,9 +4,9 @@ Memory: key and value [T, Hkv, D]; query [T, Hq, D]; caches [N, S, Hkv, D] with 
 block * S + offset, -1 skips; cos_sin [P, rotary_dim], cosines in its first half. A program takes a few heads of one
 token: of its key and value, or of its query. The kernel moves bytes and waits for memory, so a program asks for all
 that it needs before it waits for any of it. Left alone the compiler waits for slot and position first, to compute
-addresses; so they are loaded last, between barriers, which no load passes. What a query's rotation stores, the thread
-that stores it has loaded, so rotating in place is safe. fp8 is made by bit arithmetic: not every chip, nor the
-interpreter, converts to it.
+addresses; so they are loaded last, between barriers, which no load passes. The
+barrier also keeps the loads of a query before its stores, so rotating in place is safe. fp8 is made by bit arithmetic:
+not every chip, nor the interpreter, converts to it.
 """
 
 from __future__ import annotations

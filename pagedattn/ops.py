@@ -543,7 +543,31 @@ def _copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value:
     if CHECK_VALUES:
         for column, caches in enumerate(((src_key, src_value), (dst_key, dst_value))):
             check_block_ids("block_mapping", block_mapping[:, column], min(len(cache) for cache in caches))
+    if not block_mapping.shape[0]:
+        return
+    if _crosses_mapped_memory(src_key, src_value, dst_key, dst_value):
+        from pagedattn.kernels import copy
+
+        if not block_mapping.is_cuda:
+            device = src_key.device if src_key.is_cuda else dst_key.device
+            block_mapping = block_mapping.pin_memory().to(device, non_blocking=True)
+        copy.copy_blocks(src_key, src_value, dst_key, dst_value, block_mapping)
+        return
     cache_reference.copy_blocks(src_key, src_value, dst_key, dst_value, block_mapping)
+
+
+def _crosses_mapped_memory(*caches: Tensor) -> bool:
+    """Whether of [src_key, src_value, dst_key, dst_value] one side is a GPU's and the other is pinned in the host."""
+    src_key, src_value, dst_key, dst_value = caches
+    if (
+        src_key.is_cuda == dst_key.is_cuda
+        or src_key.is_cuda != src_value.is_cuda
+        or dst_key.is_cuda != dst_value.is_cuda
+    ):
+        return False
+    return src_key.shape[1:3] == src_value.shape[1:3] and all(
+        cache.dim() == 4 and cache.stride(3) == 1 and (cache.is_cuda or cache.is_pinned()) for cache in caches
+    )
 
 
 def _check_gather(
@@ -1109,10 +1133,15 @@ def rope_append_kv(
 def copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
     """Copy whole blocks between caches, on one device or across; everything is read before anything is written.
 
+    Between a GPU and pinned memory of the host, caches of four dimensions, this enqueues on the current stream and does
+    not wait: run it on a side stream, and wait for an event before the host, or another stream, reads the result or
+    frees its memory. To and from other memory of the host it synchronizes.
+
     Args:
         src_key, src_value: caches [N, ...] to read.
         dst_key, dst_value: caches [M, ...] with blocks of the same shape and dtype, written in place; may be the
-        sources. block_mapping: int64 [P, 2] of (source block, destination block). Destinations must not repeat.
+            sources.
+        block_mapping: int64 [P, 2] of (source block, destination block). Destinations must not repeat.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.

@@ -11,7 +11,7 @@ from torch import Tensor
 import pagedattn
 from pagedattn.kernels import cache_reference
 from pagedattn.kernels.quantization import LARGEST, dequantize, quantize, token_scale
-from tests.device import DEVICE, DTYPES
+from tests.device import DEVICE, DTYPES, INTERPRETED, IS_CUDA
 from tests.kernels.cases import cache_layout
 
 
@@ -122,14 +122,14 @@ def test_rotary_dims_that_are_no_powers_of_two(
     dtype = torch.float32 if isinstance(cache, str) else cache
     stored = size if isinstance(cache, str) else size // 2
     caches, expected = torch.zeros(2, 2, 2, 3, 2, stored, device=DEVICE).to(dtype).unbind()
+    key_cache, value_cache = caches.unbind()
     scales: Any = dict.fromkeys(("k_scale", "v_scale"), torch.full((), 0.3, device=DEVICE)) if stored != size else {}
     rows = cos_sin[positions]
     wanted = cache_reference.rotate(query, rows, interleaved)
-    cache_reference.append_kv(
-        cache_reference.rotate(key, rows, interleaved), value, *expected.unbind(), slots, **scales
-    )
+    rotated = cache_reference.rotate(key, rows, interleaved)
+    cache_reference.append_kv(rotated, value, expected[0], expected[1], slots, **scales)
     pagedattn.rope_append_kv(
-        query, key, value, cos_sin, positions, *caches.unbind(), slots, interleaved=interleaved, **scales
+        query, key, value, cos_sin, positions, key_cache, value_cache, slots, interleaved=interleaved, **scales
     )
     torch.testing.assert_close(query, wanted, rtol=1e-6, atol=1e-6)
     assert torch.equal(caches, expected)
@@ -318,6 +318,91 @@ def test_copy_of_values_that_share_the_keys_memory() -> None:
     before = key.clone()
     pagedattn.copy_blocks(key, key[..., :8], key, key[..., :8], torch.tensor([[0, 1], [1, 0]], device=DEVICE))
     assert torch.equal(key, before[[1, 0, 2, 3]])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the op takes this way by itself")
+@pytest.mark.parametrize(
+    ("layout", "to"), [("NHD", "NHD"), ("HND", "HND"), ("interleaved", "NHD"), ("HND", "interleaved")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
+def test_copy_in_one_launch(layout: str, to: str, dtype: torch.dtype) -> None:
+    """What runs between a GPU and pinned memory, with more chunks than programs, and ends of blocks that fill none."""
+    from pagedattn.kernels import copy
+
+    size = 600 * (2 if dtype == torch.uint8 else 1)
+    key, value = cache_layout(layout, 5, 4, 3, (size, size), dtype)
+    for cache in (key, value):
+        cache.copy_(torch.randint(0, 100, cache.shape))
+    copies = [t.zero_() for t in cache_layout(to, 5, 4, 3, (size, size), dtype)]
+    mapping = torch.tensor([[0, 4], [3, 3], [4, 0]])
+    copy.copy_blocks(key, value, copies[0], copies[1], mapping)
+    for source, target in zip((key, value), copies, strict=True):
+        assert torch.equal(target[[4, 3, 0]], source[[0, 3, 4]])
+        assert not target[[1, 2]].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_CUDA, reason="pinned memory needs a GPU")
+@pytest.mark.parametrize("mapping_device", ["cuda", "cpu"])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_copy_through_pinned_memory_on_a_side_stream(mapping_device: str, layout: str, dtype: torch.dtype) -> None:
+    """Out and back without a synchronization, while the stream is still busy with what came before."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, 16, 8, 128)
+    device_caches: list[Tensor] = []
+    host_caches: list[Tensor] = []
+    for _ in range(2):
+        bits = torch.randint(0, 100, shape, generator=generator, dtype=torch.uint8).to(DEVICE)
+        cache = bits.to(dtype) if dtype == torch.bfloat16 else bits.view(dtype)
+        host = torch.zeros(shape, dtype=dtype).pin_memory()
+        if layout == "HND":
+            cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+            host = torch.zeros(6, 8, 16, 128, dtype=dtype).pin_memory().transpose(1, 2)
+        device_caches.append(cache)
+        host_caches.append(host)
+    restored = [torch.zeros_like(cache) for cache in device_caches]
+    copy: Any = pagedattn.copy_blocks
+    out = torch.tensor([[5, 0], [1, 2], [2, 1]], device=mapping_device)
+    back = torch.tensor([[0, 5], [2, 1], [1, 2]], device=mapping_device)
+    copy(*device_caches, *host_caches, out)  # compile, and let the allocators have their memory
+    copy(*host_caches, *restored, back)
+    torch.cuda.synchronize()
+    for cache in (*host_caches, *restored):
+        cache.view(torch.uint8).zero_()
+    torch.cuda.synchronize()
+    stream, done = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            copy(*device_caches, *host_caches, out)
+            copy(*host_caches, *restored, back)
+            done.record()
+            was_busy = not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert was_busy
+    done.synchronize()
+    for cache, host, again in zip(device_caches, host_caches, restored, strict=True):
+        bits, host_bits, again_bits = (t.view(torch.uint8) for t in (cache, host, again))
+        assert torch.equal(host_bits[[0, 2, 1]], bits[[5, 1, 2]].cpu())
+        assert torch.equal(again_bits[[5, 1, 2]], bits[[5, 1, 2]])
+        assert not again_bits[[0, 3, 4]].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_CUDA, reason="copies between memories need a GPU")
+@pytest.mark.parametrize("pinned", [False, True])
+def test_copy_between_host_and_device_of_other_layouts(pinned: bool) -> None:
+    """In one launch where the host's memory is pinned, through staging where it is not."""
+    key, value = torch.randn(2, 4, 2, 3, 8, device=DEVICE).unbind()
+    host = [torch.zeros(4, 3, 2, 8).transpose(1, 2) for _ in range(2)]
+    host = [t.pin_memory() if pinned else t for t in host]
+    mapping = torch.tensor([[0, 3], [2, 1]], device=DEVICE)
+    pagedattn.copy_blocks(key, value, host[0], host[1], mapping)
+    assert torch.equal(host[0][[3, 1]], key[[0, 2]].cpu())
+    assert torch.equal(host[1][[3, 1]], value[[0, 2]].cpu())
 
 
 def test_merge_of_parts_is_the_whole() -> None:

@@ -173,6 +173,7 @@ def compile_attention(
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_the_other_kernels_compile(capability: int) -> None:
     from pagedattn.kernels.cache import append_kv_kernel
+    from pagedattn.kernels.copy import copy_blocks_kernel
     from pagedattn.kernels.plan import plan_items_kernel, plan_walks_kernel
 
     for has_window in (False, True):
@@ -183,6 +184,11 @@ def test_the_other_kernels_compile(capability: int) -> None:
         for kernel, constants in ((plan_walks_kernel, walks), (plan_items_kernel, items)):
             pointers = {name: "*i32" for name in kernel.arg_names if name.endswith("_ptr")}
             compile_kernel(kernel, capability, pointers, {**constants, **shared}, num_warps=4)
+    pointers = {name: "*i16" for name in copy_blocks_kernel.arg_names if name.endswith("_ptr")}
+    copy_constants = {"SLOTS": 16, "HEADS": 8, "KEY_DIM": 128, "VALUE_DIM": 72, "CHUNK": 4096}
+    compile_kernel(
+        copy_blocks_kernel, capability, pointers | {"block_mapping_ptr": "*i64"}, copy_constants, num_warps=4
+    )
     for element in ("*bf16", "*fp32"):
         for rotary_dim, cache_format in ((0, "cast"), (64, "e4m3"), (128, "int4"), (128, "cast"), (64, "int8")):
             stored = {"cast": element, "int8": "*i8"}.get(cache_format, "*u8")
