@@ -200,7 +200,7 @@ def test_the_other_kernels_compile(capability: int) -> None:
                 "k_scale_ptr": "*fp32",
                 "v_scale_ptr": "*fp32",
             }
-            constants = {
+            append_constants: dict[str, Any] = {
                 "BLOCK_SIZE": 16,
                 "NUM_HEADS": 32,
                 "HEADS": 8,
@@ -220,7 +220,7 @@ def test_the_other_kernels_compile(capability: int) -> None:
                 "V_SCALE": HEAD_SCALE if cache_format != "cast" else NO_SCALE,
             }
             compiled = compile_kernel(
-                append_kv_kernel, capability, pointers, constants, num_warps=4, enable_fp_fusion=False
+                append_kv_kernel, capability, pointers, append_constants, num_warps=4, enable_fp_fusion=False
             )
             if cache_format == "cast":
                 # A program only waits for memory: each thread keeps what it loads, and loads 16 bytes at a time.
