@@ -80,6 +80,14 @@ def test_keys_and_alignments_are_told_apart(driver: Driver) -> None:
     assert len(driver.launched) == 2
 
 
+def test_descriptors_come_first_and_are_handed_on(driver: Driver) -> None:
+    launcher, tensor = Launcher(driver), torch.zeros(4)
+    for _ in range(2):
+        prepare(launcher)((tensor,), ("key", "value"))
+    assert driver.compiled[0][1] == ("key", "value", tensor, 11, 12)
+    assert driver.launched[0][-5:] == ("key", "value", tensor.data_ptr(), 11, 12)
+
+
 def test_bits_of_fp8(driver: Driver) -> None:
     tensors = (torch.zeros(4, dtype=torch.float8_e4m3fn), torch.zeros(4, dtype=torch.float16), None)
     prepare(Launcher(driver), sees_bits=True)(tensors)
