@@ -829,7 +829,8 @@ class PreparedAttention:
             options.causal and tree_mask is None, options.sliding_window is not None,
             options.attention_chunk is not None, softcap is not None, options.alibi_slopes is not None,
             options.sinks is not None, tree_mask is not None,
-            tiling.batch_invariant, tiling.workers > 0, lse is not None, ITEM_FIELDS, FINE_CHUNK, COARSE_CHUNK, COARSE_FROM,
+            tiling.batch_invariant, tiling.workers > 0, lse is not None, ITEM_FIELDS,
+            FINE_CHUNK, COARSE_CHUNK, COARSE_FROM,
         )  # fmt: skip
         self._launch = launch_attention.prepare(
             (query.dtype, key_cache.dtype, out.dtype, specialized((num_kv_heads, *strides)), constants),

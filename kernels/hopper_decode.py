@@ -22,11 +22,13 @@ Warp specialization and swapped products for decode: FlashMLA (DeepSeek, 2025), 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 import triton.experimental.gluon.language as gl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -35,7 +37,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from torch import Tensor
 
 from pagedattn.kernels.launcher import Launcher, specialized
 from pagedattn.kernels.options import AttentionOptions
@@ -43,14 +44,17 @@ from pagedattn.kernels.quantization import scale_mode, token_strides
 from pagedattn.kernels.tiling import ITEM_FIELDS, LOG2E, AttentionTiling, CacheRows, HopperDecodeLaunch
 
 LANES = gl.constexpr(32)
+# Names of Triton 3.6 that later versions have changed.
+fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
 def warm_copy_engine(key_descriptor, value_descriptor, tiles, barrier, PAGE: gl.constexpr, PAGE_BYTES: gl.constexpr):
     """Fetch a page that nobody reads, so that the copy engine has both descriptors when it is first needed."""
     mbarrier.expect(barrier, 2 * PAGE_BYTES)
-    tma.async_copy_global_to_shared(key_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
-    tma.async_copy_global_to_shared(value_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
+    fetch(key_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
+    fetch(value_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
 
 
 @gluon.jit
@@ -141,13 +145,13 @@ def produce(
                         mbarrier.wait(warmed, 0)
                     mbarrier.expect(keys_full.index(stage), TILE_BYTES)
                     for number in gl.static_range(PAGES):
-                        tma.async_copy_global_to_shared(
+                        fetch(
                             key_descriptor, [key_row + pick(key_rows, index + number), key_column],
                             keys_full.index(stage), keys.index(stage).slice(number * PAGE, PAGE),
                         )  # fmt: skip
                     mbarrier.expect(values_full.index(stage), TILE_BYTES)
                     for number in gl.static_range(PAGES):
-                        tma.async_copy_global_to_shared(
+                        fetch(
                             value_descriptor, [value_row + pick(value_rows, index + number), value_column],
                             values_full.index(stage), values.index(stage).slice(number * PAGE, PAGE),
                         )  # fmt: skip
@@ -269,7 +273,7 @@ def clear_rows(tile, first_key, begin, end, LAYOUT: gl.constexpr):
     values = tile.load(LAYOUT)
     tile.store(gl.where(((position >= begin) & (position < end))[:, None], values, 0.0).to(tile.dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    synchronize()
 
 
 @gluon.jit
@@ -318,7 +322,8 @@ def merge_partials(
 @gluon.jit
 def consume(
     out_ptr, lse_ptr, partials_ptr, query_ptr, block_table_ptr, items_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
-    k_scale_ptr, v_scale_ptr, partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens, num_workers, num_heads,
+    k_scale_ptr, v_scale_ptr, partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk,
+    num_tokens, num_workers, num_heads,
     head_tile, num_head_tiles, kv_head, first_head, heads_left, slot_rows, item,
     stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
     stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
@@ -387,7 +392,7 @@ def consume(
             column_scale *= gl.convert_layout(power, COLUMN)
         query_tile.store(query.to(DTYPE))
         fence_async_shared()
-        gl.thread_barrier()
+        synchronize()
         column_exists = in_tile & (column_query < queries)
         query_position = first_position + column_query
         if HAS_ALIBI:
@@ -426,7 +431,7 @@ def consume(
             if IS_QUANTIZED:
                 dequantize(keys.index(stage), key_tile, 1.0, FORMAT, False, STORED)
                 fence_async_shared()
-                gl.thread_barrier()
+                synchronize()
                 logits = warpgroup_mma(key_tile, query_tile.permute((1, 0)), logits, use_acc=False)
             else:
                 logits = warpgroup_mma(keys.index(stage), query_tile.permute((1, 0)), logits, use_acc=False)
@@ -456,24 +461,22 @@ def consume(
             maximum = new_maximum
             probability_tile.store(gl.permute(probabilities.to(DTYPE), (1, 0)))
             fence_async_shared()
-            gl.thread_barrier()
+            synchronize()
             mbarrier.wait(values_full.index(stage), phase)
             if IS_QUANTIZED:
                 dequantize(values.index(stage), value_tile, value_scale, FORMAT, V_SCALE == 3, STORED)
                 fence_async_shared()
-                gl.thread_barrier()
+                synchronize()
                 if (start < begin) | (start + BLOCK_N > end):
                     clear_rows(value_tile, start, begin, end, COPY)
-                accumulator = warpgroup_mma(
-                    value_tile.permute((1, 0)), probability_tile.permute((1, 0)), accumulator
-                )
+                accumulator = warpgroup_mma(value_tile.permute((1, 0)), probability_tile.permute((1, 0)), accumulator)
             else:
                 if (start < begin) | (start + BLOCK_N > end):
                     clear_rows(values.index(stage), start, begin, end, COPY)
                 accumulator = warpgroup_mma(
                     values.index(stage).permute((1, 0)), probability_tile.permute((1, 0)), accumulator
                 )
-            gl.thread_barrier()  # all warps have read the tile
+            synchronize()  # all warps have read the tile
             mbarrier.arrive(tile_empty.index(stage), count=1)
             start += BLOCK_N
             stage += 1
@@ -504,7 +507,7 @@ def consume(
             partial_row = (slot * num_head_tiles + head_tile) * slot_rows + column
             gl.store(partials_ptr + partial_row[None, :] * HEAD_DIM + dim[:, None], result, mask=column_exists[None, :])
             gl.store(partials_ptr + partial_lse_offset + partial_row, lse, mask=column_exists)
-            gl.thread_barrier()  # all threads have stored before one of them says so
+            synchronize()  # all threads have stored before one of them says so
             arrivals_ptr = counts_ptr + 4 + first_slot * num_head_tiles + head_tile
             if gl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == num_slots - 1:
                 gl.store(arrivals_ptr, 0)  # as the next layer expects it
@@ -688,7 +691,8 @@ def hopper_decode_kernel(
                     key_block_rows, value_block_rows, kv_head * key_head_rows, kv_head * key_head_columns,
                     kv_head * value_head_rows, kv_head * value_head_columns, attention_chunk, sliding_window,
                     keys, values, keys_full, values_full, tile_empty, warmed,
-                    BLOCK_SIZE, PAGE, BLOCK_N, BLOCK_N * STORED_DIM * STORED_TYPE.primitive_bitwidth // 8, SAME_ROWS, CAUSAL, HAS_CHUNK, STAGES, FIELDS,
+                    BLOCK_SIZE, PAGE, BLOCK_N, BLOCK_N * STORED_DIM * STORED_TYPE.primitive_bitwidth // 8,
+                    SAME_ROWS, CAUSAL, HAS_CHUNK, STAGES, FIELDS,
                 ),
             ),
         ],
@@ -704,7 +708,7 @@ def hopper_decode_kernel(
 class PreparedHopperDecode:
     """All of a call that follows from shapes, strides, dtypes and host numbers, for any tensors that share them."""
 
-    __slots__ = ("_key_rows", "_launch", "_page", "_partial_elements", "_value_rows")
+    __slots__ = ("_descriptors", "_key_rows", "_launch", "_page", "_partial_elements", "_value_rows")
 
     def __init__(
         self,
@@ -722,6 +726,7 @@ class PreparedHopperDecode:
         partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
         self._partial_elements = partial_rows * (head_size + 1)
         self._page = hopper.page
+        self._descriptors: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._key_rows, self._value_rows = key_rows, value_rows = hopper.key_rows, hopper.value_rows
         softcap = options.softcap
         strides = (
@@ -739,7 +744,7 @@ class PreparedHopperDecode:
             softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
             FORMATS.get(key_cache.dtype, "same"), scale_mode(options.k_scale), scale_mode(options.v_scale), ITEM_FIELDS,
         )  # fmt: skip
-        compiler_options = {} if hopper.max_registers is None else {"maxnreg": hopper.max_registers}
+        compiler_options: dict[str, Any] = {} if hopper.max_registers is None else {"maxnreg": hopper.max_registers}
         self._launch = launch_hopper_decode.prepare(
             (query.dtype, key_cache.dtype, out.dtype, specialized((num_kv_heads, *strides)), constants),
             (tiling.workers * tiling.head_tiles, 1),
@@ -781,15 +786,47 @@ class PreparedHopperDecode:
         partials = torch.empty(self._partial_elements, dtype=torch.float32, device=query.device)
         self._launch(
             (out, lse, partials, query, block_table, items, counts, alibi_slopes, sinks, k_scale, v_scale),
-            (describe(key_cache, self._key_rows, self._page), describe(value_cache, self._value_rows, self._page)),
+            self._describe(key_cache, value_cache),
         )
+
+    def _describe(self, key_cache: Tensor, value_cache: Tensor) -> tuple[Any, Any]:
+        """Descriptors of a layer's caches; those of other layers differ in their addresses alone."""
+        addresses = (key_cache.data_ptr(), value_cache.data_ptr())
+        found = self._descriptors.get(addresses)
+        if found is None:
+            if len(self._descriptors) >= MAX_DESCRIBED:
+                self._descriptors.clear()
+            found = (
+                describe(key_cache, self._key_rows, self._page),
+                describe(value_cache, self._value_rows, self._page),
+            )
+            self._descriptors[addresses] = found
+        return found
+
+
+MAX_DESCRIBED = 1024  # layers
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a descriptor needs of a tensor, without keeping its memory."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 def describe(cache: Tensor, rows: CacheRows, page: int) -> Any:
     """What the copy engine needs to know of a cache to fetch its pages."""
     layout = swizzled_layout(cache.shape[3] * cache.element_size(), cache.element_size() * 8)
     return TensorDescriptor(
-        cache, [rows.num_rows, rows.num_columns], [cache.stride(1), 1], [page, cache.shape[3]], layout
+        Address(cache.data_ptr(), cache.dtype),
+        [rows.num_rows, rows.num_columns],
+        [cache.stride(1), 1],
+        [page, cache.shape[3]],
+        layout,
     )
 
 

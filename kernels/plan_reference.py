@@ -9,8 +9,8 @@ A plan is two int32 tensors:
   share, 0; then, for each tile's first slot and head tile, how many of its items are done: 0 between two launches.
 
 Where workers walk, item w is worker w's first (without queries and keys where it has none); the first item of tile t,
-unless it is a worker's first, is behind these at workers + t. Slot 2w then is that of the tile which worker w continues,
-slot 2w + 1 of the one it begins and does not end. Elsewhere a tile's slots are consecutive.
+unless it is a worker's first, is behind these at workers + t. Slot 2w is that of the tile which worker w continues,
+slot 2w + 1 that of the one which it begins and does not end. Elsewhere a tile's slots are consecutive.
 """
 
 from __future__ import annotations
