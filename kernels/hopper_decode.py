@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pagedattn.kernels.launcher import Launcher, specialized
+from pagedattn.kernels.launcher import Descriptors, Launcher, specialized
 from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.quantization import scale_mode, token_strides
 from pagedattn.kernels.tiling import ITEM_FIELDS, LOG2E, AttentionTiling, CacheRows, HopperDecodeLaunch
@@ -226,8 +226,8 @@ def bytes_to_half(packed, BIAS: gl.constexpr):
 
 
 @gluon.jit
-def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Write a stored tile [BLOCK_N, D] (int4: [BLOCK_N, D / 2]) as fp16, times scale [BLOCK_N] if there is one."""
+def dequantize_rows(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Write stored rows [ROWS, D] (int4: [ROWS, D / 2]) as fp16, times scale [ROWS] if there is one."""
     numbers = stored.load(LAYOUT)
     if FORMAT == "int4":
         HALF: gl.constexpr = stored.shape[1]
@@ -246,6 +246,19 @@ def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexp
         if HAS_SCALE:
             values = (values.to(gl.float32) * scale[:, None]).to(gl.float16)
         tile.store(values)
+
+
+@gluon.jit
+def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Write a stored tile as fp16, as ``dequantize_rows``; without scales a part at a time, to hold few registers."""
+    if HAS_SCALE:
+        dequantize_rows(stored, tile, scale, FORMAT, HAS_SCALE, LAYOUT)
+    else:
+        PART: gl.constexpr = 32
+        for part in gl.static_range(stored.shape[0] // PART):
+            dequantize_rows(
+                stored.slice(part * PART, PART), tile.slice(part * PART, PART), scale, FORMAT, HAS_SCALE, LAYOUT
+            )
 
 
 @gluon.jit
@@ -327,7 +340,7 @@ def consume(
     head_tile, num_head_tiles, kv_head, first_head, heads_left, slot_rows, item,
     stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
     stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
-    keys, values, key_tile, value_tile, query_tile, probability_tile, keys_full, values_full, tile_empty,
+    keys, values, half_tile, query_tile, probability_tile, keys_full, values_full, tile_empty,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, QUERIES_PER_TILE: gl.constexpr,
     PAGE: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, SLOT_ROWS: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
@@ -429,10 +442,10 @@ def consume(
             mbarrier.wait(keys_full.index(stage), phase)
             logits = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)
             if IS_QUANTIZED:
-                dequantize(keys.index(stage), key_tile, 1.0, FORMAT, False, STORED)
+                dequantize(keys.index(stage), half_tile, 1.0, FORMAT, False, STORED)
                 fence_async_shared()
                 synchronize()
-                logits = warpgroup_mma(key_tile, query_tile.permute((1, 0)), logits, use_acc=False)
+                logits = warpgroup_mma(half_tile, query_tile.permute((1, 0)), logits, use_acc=False)
             else:
                 logits = warpgroup_mma(keys.index(stage), query_tile.permute((1, 0)), logits, use_acc=False)
             logits *= column_scale[None, :]
@@ -464,12 +477,12 @@ def consume(
             synchronize()
             mbarrier.wait(values_full.index(stage), phase)
             if IS_QUANTIZED:
-                dequantize(values.index(stage), value_tile, value_scale, FORMAT, V_SCALE == 3, STORED)
+                dequantize(values.index(stage), half_tile, value_scale, FORMAT, V_SCALE == 3, STORED)
                 fence_async_shared()
                 synchronize()
                 if (start < begin) | (start + BLOCK_N > end):
-                    clear_rows(value_tile, start, begin, end, COPY)
-                accumulator = warpgroup_mma(value_tile.permute((1, 0)), probability_tile.permute((1, 0)), accumulator)
+                    clear_rows(half_tile, start, begin, end, COPY)
+                accumulator = warpgroup_mma(half_tile.permute((1, 0)), probability_tile.permute((1, 0)), accumulator)
             else:
                 if (start < begin) | (start + BLOCK_N > end):
                     clear_rows(values.index(stage), start, begin, end, COPY)
@@ -639,11 +652,9 @@ def hopper_decode_kernel(
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys = gl.allocate_shared_memory(STORED_TYPE, [STAGES, BLOCK_N, STORED_DIM], key_descriptor.layout)
     values = gl.allocate_shared_memory(STORED_TYPE, [STAGES, BLOCK_N, STORED_DIM], value_descriptor.layout)
-    key_tile = keys.index(0)
-    value_tile = values.index(0)
+    half_tile = keys.index(0)  # of the keys, then of the values that the consumer is at; nothing uses this one
     if FORMAT != "same":
-        key_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], swizzled)
-        value_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], swizzled)
+        half_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], swizzled)
         if K_SCALE == 3:
             k_scale_ptr += kv_head.to(gl.int64) * stride_k_scale_head
         if V_SCALE == 3:
@@ -677,7 +688,7 @@ def hopper_decode_kernel(
                     kv_head * GROUP + head_of_group, GROUP - head_of_group, slot_rows, worker,
                     stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
                     stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
-                    keys, values, key_tile, value_tile, query_tile, probability_tile,
+                    keys, values, half_tile, query_tile, probability_tile,
                     keys_full, values_full, tile_empty,
                     HEADS, HEAD_DIM, COLUMNS, QUERIES_PER_TILE, PAGE, BLOCK_N, SLOTS, SLOT_ROWS, STAGES,
                     CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI, HAS_SINKS, RETURN_LSE,
@@ -726,7 +737,7 @@ class PreparedHopperDecode:
         partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
         self._partial_elements = partial_rows * (head_size + 1)
         self._page = hopper.page
-        self._descriptors: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._descriptors: dict[tuple[int, int], Descriptors] = {}
         self._key_rows, self._value_rows = key_rows, value_rows = hopper.key_rows, hopper.value_rows
         softcap = options.softcap
         strides = (
@@ -764,6 +775,7 @@ class PreparedHopperDecode:
             ),
             num_warps=4,
             launch_pdl=True,
+            enable_fp_fusion=True,
             **compiler_options,
         )
 
@@ -789,14 +801,14 @@ class PreparedHopperDecode:
             self._describe(key_cache, value_cache),
         )
 
-    def _describe(self, key_cache: Tensor, value_cache: Tensor) -> tuple[Any, Any]:
+    def _describe(self, key_cache: Tensor, value_cache: Tensor) -> Descriptors:
         """Descriptors of a layer's caches; those of other layers differ in their addresses alone."""
         addresses = (key_cache.data_ptr(), value_cache.data_ptr())
         found = self._descriptors.get(addresses)
         if found is None:
             if len(self._descriptors) >= MAX_DESCRIBED:
                 self._descriptors.clear()
-            found = (
+            found = Descriptors(
                 describe(key_cache, self._key_rows, self._page),
                 describe(value_cache, self._value_rows, self._page),
             )

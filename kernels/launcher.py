@@ -8,8 +8,9 @@ seen before goes straight to the compiled kernel.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import reduce
+from inspect import signature
 from operator import or_
 from typing import Any
 
@@ -23,6 +24,51 @@ FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 def specialized(integers: tuple[int, ...]) -> tuple[Hashable, ...]:
     """What compiled code may depend on of integer arguments: Triton tells 1 and multiples of 16 from all others."""
     return tuple((integer == 1, integer % ALIGNMENT == 0, integer < 1 << 31) for integer in integers)
+
+
+class Descriptors:
+    """What the copy engine reads of a launch's caches, as Triton takes it, and encoded once it has been."""
+
+    __slots__ = ("encoded", "given")
+
+    def __init__(self, *given: Any) -> None:
+        self.given = given
+        self.encoded: list[Any] | None = None
+
+
+class DirectLaunch:
+    """Triton 3.6's own launcher, for descriptors that are encoded: encoding them costs more than all else of a launch,
+    and Triton does it every time."""
+
+    __slots__ = ("_encode", "_flags", "_launch", "_metadata")
+
+    def __init__(self, launch: Callable[..., None], encode: Callable[..., list[Any]], kernel: Any) -> None:
+        self._launch = launch
+        self._encode = encode
+        self._metadata = kernel.metadata.tensordesc_meta
+        self._flags = (kernel.run.launch_cooperative_grid, kernel.run.launch_pdl, None, None)
+
+    @classmethod
+    def of(cls, kernel: Any) -> DirectLaunch | None:
+        """None where Triton's launcher is built otherwise, or needs scratch memory."""
+        run = kernel.run
+        wrapper: Any = getattr(run, "launch", None)
+        names = getattr(getattr(wrapper, "__code__", None), "co_freevars", ())
+        if "launcher" not in names or run.global_scratch_size or run.profile_scratch_size:
+            return None
+        from triton.backends.nvidia import driver
+
+        encode = getattr(driver, "make_tensordesc_arg", None)
+        if encode is None or len(signature(encode).parameters) != 2:
+            return None
+        return cls(wrapper.__closure__[names.index("launcher")].cell_contents, encode, kernel)
+
+    def __call__(self, place: tuple[Any, ...], metadata: Any, descriptors: Descriptors, arguments: list[Any]) -> None:
+        """place: the grid, the stream and the function."""
+        if descriptors.encoded is None:
+            described = zip(descriptors.given, self._metadata, strict=True)
+            descriptors.encoded = [part for one, layout in described for part in self._encode(one, layout)]
+        self._launch(*place, *self._flags, metadata, None, None, None, *descriptors.encoded, *arguments)
 
 
 class Launch:
@@ -48,8 +94,8 @@ class Launch:
         self._sees_bits = sees_bits
         self._options = options
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], descriptors: tuple[Any, ...] = ()) -> None:
-        """Launch with ``descriptors``, which the copy engine reads, and ``tensors`` as the leading parameters."""
+    def __call__(self, tensors: tuple[Tensor | None, ...], descriptors: Descriptors | None = None) -> None:
+        """Launch with ``descriptors`` and then ``tensors`` as the kernel's leading parameters."""
         device = self._device
         if device is None:  # the interpreter's, on a CPU
             self._compile(tensors, descriptors)
@@ -65,20 +111,27 @@ class Launch:
         compiled = self._compiled.get(variant)
         if compiled is None:
             kernel = self._compile(tensors, descriptors)
-            self._compiled[variant] = (kernel.run, kernel.function, kernel.packed_metadata)
+            direct = None if descriptors is None else DirectLaunch.of(kernel)
+            self._compiled[variant] = (kernel.run, kernel.function, kernel.packed_metadata, direct)
             return
-        run, function, metadata = compiled
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        run(*self._programs, 1, stream, function, metadata, None, None, None, *descriptors, *pointers, *self._sizes)
+        run, function, metadata, direct = compiled
+        place = (*self._programs, 1, torch._C._cuda_getCurrentRawStream(device), function)
+        if descriptors is None:
+            run(*place, metadata, None, None, None, *pointers, *self._sizes)
+        elif direct is None:
+            run(*place, metadata, None, None, None, *descriptors.given, *pointers, *self._sizes)
+        else:
+            direct(place, metadata, descriptors, [*pointers, *self._sizes])
 
-    def _compile(self, tensors: tuple[Tensor | None, ...], descriptors: tuple[Any, ...]) -> Any:
+    def _compile(self, tensors: tuple[Tensor | None, ...], descriptors: Descriptors | None) -> Any:
         """Launch through Triton, which compiles the kernel for arguments of this kind if it has not before."""
         if self._sees_bits:
             tensors = tuple(
                 tensor.view(torch.uint8) if tensor is not None and tensor.dtype in FLOAT8_DTYPES else tensor
                 for tensor in tensors
             )
-        return self._kernel[self._programs](*descriptors, *tensors, *self._sizes, **self._options)
+        given = () if descriptors is None else descriptors.given
+        return self._kernel[self._programs](*given, *tensors, *self._sizes, **self._options)
 
 
 class Launcher:

@@ -15,10 +15,13 @@ from pagedattn.kernels.tiling import (
     COARSE_CHUNK,
     COARSE_FROM,
     FINE_CHUNK,
+    HOPPER_HALF_SHARED_MEMORY,
     ITEM_FIELDS,
     MIN_CHUNK,
     MIN_SHARE,
     SHARE_UNIT,
+    CacheRows,
+    choose_hopper_decode,
     choose_launch,
     choose_tiling,
 )
@@ -168,6 +171,92 @@ def compile_attention(
         kernel, capability, pointers, constants,
         num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+HOPPER_VARIANTS = (
+    Variant(),
+    Variant((64, 64), 8, features=("HAS_WINDOW", "HAS_SINKS", "RETURN_LSE")),
+    Variant((256, 256), 6, mask="full", features=("HAS_SOFTCAP", "HAS_ALIBI", "HAS_CHUNK")),
+    Variant(cache=torch.float8_e4m3fn, scale=HEAD_SCALE),
+    Variant((64, 64), 3, cache=torch.float8_e5m2, scale=TENSOR_SCALE),
+    Variant(cache=torch.int8, scale=TOKEN_SCALE),
+    Variant(cache=torch.uint8, scale=TOKEN_SCALE),
+)
+
+
+@pytest.mark.parametrize("variant", HOPPER_VARIANTS, ids=str)
+@pytest.mark.parametrize("max_query_len", [1, 4])
+def test_hopper_decode_compiles(variant: Variant, max_query_len: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from pagedattn.kernels import hopper_decode
+
+    head_size, cache = variant.head[0], variant.cache or torch.bfloat16
+    itemsize = 0.5 if cache == torch.uint8 else cache.itemsize
+    stored = int(head_size * itemsize) // cache.itemsize
+    rows = CacheRows.of((100, 16, 2, stored), (32 * stored, 2 * stored, stored, 1), cache.itemsize)
+    tiling = choose_tiling(
+        num_heads=variant.group * 2,
+        num_kv_heads=2,
+        head_size=head_size,
+        head_size_v=head_size,
+        max_query_len=max_query_len,
+        max_seq_len=8192,
+        num_seqs=4,
+        multiprocessors=132,
+    )
+    launch = choose_hopper_decode(
+        tiling=tiling,
+        head_size=head_size,
+        head_size_v=head_size,
+        cache_itemsize=itemsize,
+        block_size=16,
+        key_rows=rows,
+        value_rows=rows,
+    )
+    assert launch is not None
+    kernel = hopper_decode.hopper_decode_kernel
+    constants = {flag: flag in variant.features for flag in FLAGS} | {
+        "GROUP": variant.group,
+        "HEADS": tiling.heads_per_tile,
+        "HEAD_DIM": head_size,
+        "COLUMNS": launch.columns,
+        "QUERIES_PER_TILE": tiling.slot_rows // tiling.heads_per_tile,
+        "BLOCK_SIZE": 16,
+        "PAGE": launch.page,
+        "BLOCK_N": launch.block_n,
+        "SLOTS": launch.slots,
+        "SLOT_ROWS": launch.slot_rows,
+        "STAGES": launch.stages,
+        "SAME_ROWS": True,
+        "CAUSAL": variant.mask == "causal",
+        "FORMAT": hopper_decode.FORMATS.get(cache, "same"),
+        "K_SCALE": variant.scale,
+        "V_SCALE": variant.scale,
+        "FIELDS": ITEM_FIELDS,
+    }
+    layout = hopper_decode.swizzled_layout(stored * cache.itemsize, cache.itemsize * 8)
+    element = "u8" if cache == torch.uint8 else TRITON_NAMES[cache]
+    descriptor = f"tensordesc<{element}[{launch.page}, {stored}],{layout!r}>"
+    pointers = dict.fromkeys(("block_table_ptr", "items_ptr", "counts_ptr"), "*i32")
+    pointers |= {"out_ptr": "*bf16", "query_ptr": "*bf16", "logit_scale": "fp32", "softcap_log2": "fp32"}
+    pointers |= {"key_descriptor": descriptor, "value_descriptor": descriptor}
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.startswith("stride")]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options: dict[str, Any] = {"num_warps": 4, "launch_pdl": True}
+    if launch.max_registers is not None:
+        options["maxnreg"] = launch.max_registers
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    available = HOPPER_HALF_SHARED_MEMORY if head_size <= 128 else SHARED_MEMORY[90]
+    assert compiled.metadata.shared <= available
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

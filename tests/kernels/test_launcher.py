@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pagedattn.kernels.launcher import Launch, Launcher, specialized
+from pagedattn.kernels.launcher import Descriptors, Launch, Launcher, specialized
 
 
 class Driver:
@@ -83,9 +83,39 @@ def test_keys_and_alignments_are_told_apart(driver: Driver) -> None:
 def test_descriptors_come_first_and_are_handed_on(driver: Driver) -> None:
     launcher, tensor = Launcher(driver), torch.zeros(4)
     for _ in range(2):
-        prepare(launcher)((tensor,), ("key", "value"))
+        prepare(launcher)((tensor,), Descriptors("key", "value"))
     assert driver.compiled[0][1] == ("key", "value", tensor, 11, 12)
     assert driver.launched[0][-5:] == ("key", "value", tensor.data_ptr(), 11, 12)
+
+
+def test_descriptors_are_encoded_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton's launcher is that of 3.6."""
+    driver_module = pytest.importorskip("triton.backends.nvidia.driver")
+    encoded: list[Any] = []
+
+    def encode(descriptor: str, layout: str) -> list[str]:
+        encoded.append(descriptor)
+        return [f"map of {descriptor} as {layout}", "size"]
+
+    def wrap(launcher: Any) -> Any:
+        return lambda *arguments: launcher(*arguments)
+
+    monkeypatch.setattr(driver_module, "make_tensordesc_arg", encode, raising=False)
+    flags = {"launch_cooperative_grid": False, "launch_pdl": True, "global_scratch_size": 0, "profile_scratch_size": 0}
+    kernel = SimpleNamespace(
+        run=SimpleNamespace(launch=wrap(driver.run), **flags),
+        function=5,
+        packed_metadata="packed",
+        metadata=SimpleNamespace(tensordesc_meta=["one", "other"]),
+    )
+    monkeypatch.setattr(Launch, "_compile", lambda self, tensors, descriptors: kernel)
+    launcher, tensor, descriptors = Launcher(driver), torch.zeros(4), Descriptors("key", "value")
+    for _ in range(3):
+        prepare(launcher)((tensor,), descriptors)
+    assert encoded == ["key", "value"]
+    maps = ("map of key as one", "size", "map of value as other", "size")
+    launch = (7, 2, 1, 100, 5, False, True, None, None, "packed", None, None, None, *maps, tensor.data_ptr(), 11, 12)
+    assert driver.launched == [(0, *launch)] * 2
 
 
 def test_bits_of_fp8(driver: Driver) -> None:
