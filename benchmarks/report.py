@@ -2,9 +2,9 @@
 
     python -m benchmarks.report [--check]
 
-Each block of a page between ``<!-- results:NAME -->`` and ``<!-- /results -->`` is made from
-``benchmarks/results/NAME.json``. With ``--check`` nothing is written, and the exit status is 1 when a block is not what
-its file gives.
+Each block of a page between ``<!-- results:NAME -->`` and ``<!-- /results -->`` is made from the file in
+``benchmarks/results/`` that ``MAKERS`` names for it. With ``--check`` nothing is written, and the exit status is 1 when
+a block is not what its file gives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attention_systems import OURS
 from benchmarks.engine import table
+from benchmarks.kernel_summary import SECTIONS
+from benchmarks.kernel_summary import table as kernel_table
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = {"exp": "exponential", "uniform": "uniform"}
@@ -58,11 +61,53 @@ def kv_quantization_block(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "engine-cpu": engine_block,
-    "kv-quantization": kv_quantization_block,
+def kernels_block(document: dict[str, Any]) -> str:
+    """Every shape of ``benchmarks.kernels`` in Markdown, a table for each kind."""
+    lines = [kernels_caption(document)]
+    for kinds in SECTIONS:
+        headings, rows = kernel_table(document, kinds)
+        if rows:
+            lines += ["", "| " + " | ".join(headings) + " |"]
+            lines.append("|" + "|".join(["---"] * 2 + ["---:"] * (len(headings) - 2)) + "|")
+            lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def kernels_summary_block(document: dict[str, Any]) -> str:
+    """How ours stands against the peers of ``benchmarks.kernels``, over the shapes of each file and kind."""
+    groups = {name: found for name, found in document["summary"]["against_peers"].items() if found["ratio"] is not None}
+    prefix = "ratio to "
+    peers = sorted({key.removeprefix(prefix) for found in groups.values() for key in found if key.startswith(prefix)})
+    headings = ["shapes", "count", "of limit", "to the best peer", "worst", *(f"to {peer}" for peer in peers)]
+    lines = [kernels_caption(document), "", "| " + " | ".join(headings) + " |"]
+    lines.append("|---|" + "---:|" * (len(headings) - 1))
+    for name, found in groups.items():
+        ratios = [found["ratio"], found["worst_ratio"], *(found.get(prefix + peer) for peer in peers)]
+        cells = [name.replace("_", " "), str(found["shapes"]), f"{found['of_limit']:.0%}"]
+        cells += ["-" if value is None else f"{value:.2f}x" for value in ratios]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def kernels_caption(document: dict[str, Any]) -> str:
+    versions, ceilings = document["versions"], document["ceilings"]
+    peers = [f"{name} ({version})" for name, version in document["systems"].items() if not name.startswith(OURS)]
+    return (
+        f"{document['device']}, {document['date']}; torch {versions['torch']}, Triton {versions['triton']}. Measured "
+        f"there: {ceilings['read_bytes'] / 1e9:.0f} GB/s read, {ceilings['copy_bytes'] / 1e9:.0f} GB/s copied, "
+        f"{ceilings['matmul_flops'] / 1e12:.0f} TFLOP/s in a large bf16 product. Peers: {', '.join(peers) or 'none'}. "
+        "Medians of device time with a cold L2 cache, plans and metadata made before; above 1x ours is faster."
+    )
+
+
+# Of each block: the file of results that it is made from, and how.
+MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "engine-cpu": ("engine-cpu", engine_block),
+    "kv-quantization": ("kv-quantization", kv_quantization_block),
+    "h100-kernels": ("h100-kernels", kernels_block),
+    "h100-kernels-summary": ("h100-kernels", kernels_summary_block),
 }
-PAGES = ("README.md", "docs/kernel-notes.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/kernel-notes.md")
 
 
 def updated(readme: str, results: Path) -> str:
@@ -70,12 +115,13 @@ def updated(readme: str, results: Path) -> str:
 
     def replace(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
-        path = results / f"{name}.json"
-        if name not in MAKERS or not path.exists():
+        file, make = MAKERS.get(name, (name, None))
+        path = results / f"{file}.json"
+        if make is None or not path.exists():
             raise ValueError(
                 f"results:{name} is not known: it must be one of {', '.join(MAKERS)}, with its file {path}"
             )
-        return opening + MAKERS[name](json.loads(path.read_text(encoding="utf-8"))) + closing
+        return opening + make(json.loads(path.read_text(encoding="utf-8"))) + closing
 
     return BLOCK.sub(replace, readme)
 

@@ -1,10 +1,10 @@
 """Paged attention in Triton: one launch for decodes, prefill chunks and any mixture of them.
 
 Memory: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, Dv] (int4: D / 2 bytes, low nibble the even
-element); block_table [B, max_blocks]; items, merges and counts as ``kernels/plan_reference.py`` describes. A program
-runs one item for one head tile: its query tokens times HEADS of the query heads that share a KV head are the rows of
-the products, laid token by token, so row r is query token r // HEADS and head r % HEADS of the head tile. Split tiles
-leave normalized fp32 partials [slots, head_tiles, slot_rows, Dv] and their log2-sum-exp.
+element); block_table [B, max_blocks]; items and counts as ``kernels/plan_reference.py`` describes. A program runs one
+item, or a worker's chain of them, for one head tile: the item's query tokens times HEADS of the query heads that share
+a KV head are the rows of the products, laid token by token, so row r is query token r // HEADS and head r % HEADS of
+the head tile. Split tiles leave normalized fp32 partials [slots, head_tiles, slot_rows, Dv] and their log2-sum-exp.
 
 Keys are computed with as they are stored: a scale per tensor or head joins the logits' scale, one per token the logits'
 columns. Values' scales per tensor or head join the result; with one per token, values are scaled before the product.
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagedattn.kernels.launcher import Launcher, specialized
+from pagedattn.kernels.launcher import ALIGNMENT, Launcher, specialized
 from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.plan import chunk_begin, chunk_of
 from pagedattn.kernels.quantization import scale_mode, token_strides
@@ -32,12 +32,15 @@ from pagedattn.kernels.tiling import (
     COARSE_CHUNK,
     COARSE_FROM,
     FINE_CHUNK,
+    ITEM_FIELDS,
+    LOG2E,
     AttentionTiling,
+    CacheRows,
+    choose_hopper_decode,
     choose_launch,
     next_power_of_2,
 )
 
-LOG2E = 1.4426950408889634
 INTERPRETER_SHARED_MEMORY = 1 << 16
 
 
@@ -420,6 +423,7 @@ def merge_partials(
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    WALKS: tl.constexpr,
 ):
     """Add up the slots of a split tile for one head tile, in the order of its keys."""
     row = tl.arange(0, ROWS)
@@ -429,7 +433,10 @@ def merge_partials(
     maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     denominator = tl.zeros([ROWS], dtype=tl.float32)
     for index in tl.range(0, num_slots):
-        partial_row = ((first_slot + index).to(tl.int64) * num_head_tiles + head_tile) * slot_rows + row
+        slot = first_slot + index
+        if WALKS:  # workers that follow each other continue the tile, each into its even slot
+            slot = tl.where(index == 0, first_slot, 2 * (first_slot // 2 + index))
+        partial_row = (slot.to(tl.int64) * num_head_tiles + head_tile) * slot_rows + row
         # Other multiprocessors wrote these: read past this one's first-level cache.
         lse = tl.load(partial_lse_ptr + partial_row, mask=row_exists, other=float("-inf"), cache_modifier=".cg")
         partial_ptrs = partials_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :]
@@ -446,6 +453,7 @@ def merge_partials(
         "sliding_window",
         "attention_chunk",
         "num_tokens",
+        "num_workers",
         "slot_rows",
     ],
 )
@@ -458,9 +466,7 @@ def paged_attention_kernel(
     value_ptr,
     block_table_ptr,
     items_ptr,
-    merges_ptr,
     counts_ptr,
-    query_start_loc_ptr,
     alibi_slopes_ptr,
     sinks_ptr,
     q_scale_ptr,
@@ -473,6 +479,7 @@ def paged_attention_kernel(
     sliding_window,
     attention_chunk,
     num_tokens,
+    num_workers,
     num_kv_heads,
     slot_rows,
     stride_out_token,
@@ -517,7 +524,9 @@ def paged_attention_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_TREE: tl.constexpr,
     BATCH_INVARIANT: tl.constexpr,
+    WALKS: tl.constexpr,
     RETURN_LSE: tl.constexpr,
+    FIELDS: tl.constexpr,
     FINE: tl.constexpr,
     COARSE: tl.constexpr,
     FROM: tl.constexpr,
@@ -538,18 +547,30 @@ def paged_attention_kernel(
     row_query = row // HEADS
     row_head = kv_head * GROUP + first_head + row % HEADS
     in_tile = (row_query < QUERIES_PER_TILE) & (first_head + row % HEADS < GROUP)
-    num_items = tl.load(counts_ptr)
+    kv_head_64 = kv_head.to(tl.int64)
+    logit_scale *= load_scale(q_scale_ptr, kv_head, Q_SCALE) * load_scale(k_scale_ptr, kv_head, K_SCALE)
+    if K_SCALE == 3:
+        k_scale_ptr += kv_head_64 * stride_k_scale_head
+    if V_SCALE == 3:
+        v_scale_ptr += kv_head_64 * stride_v_scale_head
+    keys = (
+        key_ptr + kv_head_64 * stride_key_head, stride_key_block, stride_key_slot,
+        k_scale_ptr, stride_k_scale_block, stride_k_scale_slot,
+    )  # fmt: skip
+    values = (
+        value_ptr + kv_head_64 * stride_value_head, stride_value_block, stride_value_slot,
+        v_scale_ptr, stride_v_scale_block, stride_v_scale_slot,
+    )  # fmt: skip
+    limits = (sliding_window, attention_chunk)
+    factors = (logit_scale, softcap_log2)
 
-    if item >= num_items:  # programs past the list write the rows that belong to no sequence
-        row_token = tl.load(counts_ptr + 2) + (item - num_items) * QUERIES_PER_TILE + row_query
-        zeros = tl.zeros([ROWS, VALUE_PADDED], dtype=tl.float32)
-        empty = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-        write_rows(
-            out_ptr, lse_ptr, zeros, empty, row_token, row_head, in_tile & (row_token < num_tokens), num_heads,
-            stride_out_token, stride_out_head, VALUE_DIM, VALUE_PADDED, RETURN_LSE,
-        )  # fmt: skip
-    else:
-        item_ptr = items_ptr + item * 8
+    padding_tile = item
+    if not WALKS:  # programs past the list write the rows that belong to no sequence
+        padding_tile -= tl.load(counts_ptr)
+        item = tl.where(padding_tile < 0, item, -1)
+
+    while item >= 0:
+        item_ptr = items_ptr + item * FIELDS
         sequence = tl.load(item_ptr)
         first_row = tl.load(item_ptr + 1)
         queries = tl.load(item_ptr + 2)
@@ -557,6 +578,11 @@ def paged_attention_kernel(
         begin = tl.load(item_ptr + 4)
         planned_end = tl.load(item_ptr + 5)
         slot = tl.load(item_ptr + 6)
+        first_slot = tl.load(item_ptr + 7)
+        num_slots = tl.load(item_ptr + 8)
+        num_parts = tl.load(item_ptr + 9)
+        next_item = tl.load(item_ptr + 10)
+        origin = tl.load(item_ptr + 11)
         last_position = first_position + queries - 1
         row_exists = in_tile & (row_query < queries)
         row_token = first_row + row_query
@@ -574,33 +600,15 @@ def paged_attention_kernel(
             query_rest = tl.load(rest_ptrs, mask=row_exists[:, None], other=0.0)
             query_rest = decode_e4m3(query_rest) if QUERY_FORMAT == "e4m3 bits" else query_rest
             query_rest = query_rest.to(DTYPE)
-        logit_scale *= load_scale(q_scale_ptr, kv_head, Q_SCALE) * load_scale(k_scale_ptr, kv_head, K_SCALE)
         slope_log2 = query_position.to(tl.float32)
         if HAS_ALIBI:
             slope_log2 = tl.load(alibi_slopes_ptr + row_head, mask=row_exists, other=0.0) * 1.4426950408889634
         tree_row_ptr = tree_mask_ptr
-        origin = first_position
         if HAS_TREE:
             tree_row_ptr += tl.where(row_exists, row_token, first_row).to(tl.int64) * stride_tree_token
-            origin -= first_row - tl.load(query_start_loc_ptr + sequence)
-
         table_ptr = block_table_ptr + sequence.to(tl.int64) * stride_table_sequence
-        kv_head_64 = kv_head.to(tl.int64)
-        if K_SCALE == 3:
-            k_scale_ptr += kv_head_64 * stride_k_scale_head
-        if V_SCALE == 3:
-            v_scale_ptr += kv_head_64 * stride_v_scale_head
-        keys = (
-            key_ptr + kv_head_64 * stride_key_head, stride_key_block, stride_key_slot,
-            k_scale_ptr, stride_k_scale_block, stride_k_scale_slot,
-        )  # fmt: skip
-        values = (
-            value_ptr + kv_head_64 * stride_value_head, stride_value_block, stride_value_slot,
-            v_scale_ptr, stride_v_scale_block, stride_v_scale_slot,
-        )  # fmt: skip
-        limits = (sliding_window, attention_chunk)
-        factors = (logit_scale, softcap_log2)
 
+        planned_begin = begin
         end = planned_end
         if CAUSAL:
             end = tl.minimum(end, last_position + 1)
@@ -614,7 +622,7 @@ def paged_attention_kernel(
             result = tl.zeros([ROWS, VALUE_PADDED], dtype=tl.float32)
             lse_log2 = tl.full([ROWS], float("-inf"), dtype=tl.float32)
             denominator = tl.zeros([ROWS], dtype=tl.float32)
-            first_chunk = chunk_of(tl.load(item_ptr + 4), FINE, COARSE, FROM)
+            first_chunk = chunk_of(planned_begin, FINE, COARSE, FROM)
             chunk = first_chunk
             walked_end = end if slot < 0 else planned_end  # every slot is written, also of keys that no row sees
             while chunk_begin(chunk, FINE, COARSE, FROM) < walked_end:
@@ -649,14 +657,13 @@ def paged_attention_kernel(
         is_last = slot < 0  # the only item of its tile, or the one that finds all others done
         if slot >= 0:
             tl.debug_barrier()  # all threads have stored before one of them says so
-            merge_ptr = merges_ptr + tl.load(item_ptr + 7) * 4
-            arrivals_ptr = counts_ptr + 4 + tl.load(item_ptr + 7) * num_head_tiles + head_tile
-            is_last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == tl.load(merge_ptr + 2) - 1
+            arrivals_ptr = counts_ptr + 4 + first_slot * num_head_tiles + head_tile
+            is_last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == num_parts - 1
             if is_last:
                 tl.store(arrivals_ptr, 0)  # as the next layer expects it
                 result, lse_log2 = merge_partials(
-                    partials_ptr, partials_ptr + partial_lse_offset, tl.load(merge_ptr), tl.load(merge_ptr + 1),
-                    head_tile, num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS,
+                    partials_ptr, partials_ptr + partial_lse_offset, first_slot, num_slots,
+                    head_tile, num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS, WALKS,
                 )  # fmt: skip
         if is_last:
             result *= load_scale(v_scale_ptr, kv_head, V_SCALE)
@@ -668,6 +675,19 @@ def paged_attention_kernel(
                 out_ptr, lse_ptr, result, lse_log2 * 0.6931471805599453, row_token, row_head, row_exists, num_heads,
                 stride_out_token, stride_out_head, VALUE_DIM, VALUE_PADDED, RETURN_LSE,
             )  # fmt: skip
+        item = next_item
+
+    first_padding = tl.load(counts_ptr + 1) + padding_tile * QUERIES_PER_TILE
+    if padding_tile >= 0:
+        while first_padding < num_tokens:
+            row_token = first_padding + row_query
+            zeros = tl.zeros([ROWS, VALUE_PADDED], dtype=tl.float32)
+            empty = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+            write_rows(
+                out_ptr, lse_ptr, zeros, empty, row_token, row_head, in_tile & (row_token < num_tokens), num_heads,
+                stride_out_token, stride_out_head, VALUE_DIM, VALUE_PADDED, RETURN_LSE,
+            )  # fmt: skip
+            first_padding += num_workers * QUERIES_PER_TILE
 
 
 # --- launching --------------------------------------------------------------------------------------------------------
@@ -715,10 +735,49 @@ class HeadSizes:
         return cls(key, max(least, next_power_of_2(key)), rest, head_size_v, max(least, next_power_of_2(head_size_v)))
 
 
+def cache_itemsize(cache: Tensor) -> float:
+    """Bytes of an element of a head, as stored."""
+    return 0.5 if cache.dtype == torch.uint8 else cache.element_size()
+
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def prepare_hopper(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    tiling: AttentionTiling,
+    options: AttentionOptions,
+    out: Tensor,
+    lse: Tensor | None,
+) -> Any:
+    """The Hopper kernel's launch, where there is that chip and a kernel of its own for such a call; else None."""
+    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device)[0] != 9:
+        return None
+    if options.tree_mask is not None or options.q_scale is not None or query.dtype not in HALF_DTYPES:
+        return None
+    hopper = choose_hopper_decode(
+        tiling=tiling,
+        head_size=query.shape[2],
+        head_size_v=out.shape[2],
+        cache_itemsize=cache_itemsize(key_cache),
+        block_size=key_cache.shape[1],
+        key_rows=CacheRows.of(key_cache.shape, key_cache.stride(), key_cache.element_size()),
+        value_rows=CacheRows.of(value_cache.shape, value_cache.stride(), value_cache.element_size()),
+    )
+    if hopper is None:
+        return None
+    from pagedattn.kernels.hopper_decode import PreparedHopperDecode
+
+    return PreparedHopperDecode(query, key_cache, block_table, tiling, hopper, options, out, lse)
+
+
 class PreparedAttention:
     """All of a call that follows from shapes, strides, dtypes and host numbers, for any tensors that share them."""
 
-    __slots__ = ("_launch", "_partial_elements", "_reads_bits")
+    __slots__ = ("_hopper", "_launch", "_partial_elements", "_reads_bits")
 
     def __init__(
         self,
@@ -734,20 +793,22 @@ class PreparedAttention:
         device = query.device
         num_tokens, num_heads, head_size = query.shape
         num_kv_heads, head_size_v = key_cache.shape[2], out.shape[2]
+        self._hopper = prepare_hopper(query, key_cache, value_cache, block_table, tiling, options, out, lse)
         heads = HeadSizes.of(head_size, head_size_v, key_cache.dtype == torch.uint8)
         launch = choose_launch(
             rows=tiling.rows,
             head_size=head_size,
             head_size_v=head_size_v,
             itemsize=out.element_size(),
-            cache_itemsize=0.5 if key_cache.dtype == torch.uint8 else key_cache.element_size(),
+            cache_itemsize=cache_itemsize(key_cache),
             shared_memory=shared_memory(device),
         )
-        # Every sequence has at most one ragged tile, and so has the padding behind the last sequence.
-        num_seqs = block_table.shape[0]
-        all_tiles = num_seqs * tiling.tiles_per_sequence
-        items = min(all_tiles, num_tokens // tiling.queries_per_tile + num_seqs) + tiling.max_items - all_tiles
-        items += num_tokens // tiling.queries_per_tile + 1
+        programs = tiling.workers
+        if not programs:  # every sequence has at most one ragged tile, and so has the padding behind the last sequence
+            num_seqs = block_table.shape[0]
+            all_tiles = num_seqs * tiling.tiles_per_sequence
+            programs = min(all_tiles, num_tokens // tiling.queries_per_tile + num_seqs) + tiling.max_items - all_tiles
+            programs += num_tokens // tiling.queries_per_tile + 1
         partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
         self._partial_elements = partial_rows * (head_size_v + 1)
         tree_mask, softcap, scale = options.tree_mask, options.softcap, options.scale
@@ -768,11 +829,12 @@ class PreparedAttention:
             options.causal and tree_mask is None, options.sliding_window is not None,
             options.attention_chunk is not None, softcap is not None, options.alibi_slopes is not None,
             options.sinks is not None, tree_mask is not None,
-            tiling.batch_invariant, lse is not None, FINE_CHUNK, COARSE_CHUNK, COARSE_FROM,
+            tiling.batch_invariant, tiling.workers > 0, lse is not None, ITEM_FIELDS,
+            FINE_CHUNK, COARSE_CHUNK, COARSE_FROM,
         )  # fmt: skip
         self._launch = launch_attention.prepare(
             (query.dtype, key_cache.dtype, out.dtype, specialized((num_kv_heads, *strides)), constants),
-            (items * tiling.head_tiles, 1),
+            (programs * tiling.head_tiles, 1),
             device,
             (
                 partial_rows * head_size_v,
@@ -781,6 +843,7 @@ class PreparedAttention:
                 options.sliding_window or 0,
                 options.attention_chunk or 0,
                 num_tokens,
+                programs,
                 num_kv_heads,
                 tiling.slot_rows,
                 *strides,
@@ -798,8 +861,7 @@ class PreparedAttention:
         key_cache: Tensor,
         value_cache: Tensor,
         block_table: Tensor,
-        query_start_loc: Tensor,
-        plan: tuple[Tensor, Tensor, Tensor] | list[Tensor],
+        plan: tuple[Tensor, Tensor] | list[Tensor],
         alibi_slopes: Tensor | None,
         sinks: Tensor | None,
         q_scale: Tensor | None,
@@ -810,6 +872,11 @@ class PreparedAttention:
         lse: Tensor | None,
     ) -> None:
         """Write attention into ``out`` [T, Hq, Dv] and its log-sum-exp into ``lse`` (fp32 [T, Hq])."""
+        if self._hopper is not None and not (key_cache.data_ptr() | value_cache.data_ptr()) % ALIGNMENT:
+            self._hopper(
+                query, key_cache, value_cache, block_table, plan, alibi_slopes, sinks, k_scale, v_scale, out, lse
+            )
+            return
         if self._reads_bits:
             query, key_cache, value_cache = (
                 tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
@@ -817,12 +884,12 @@ class PreparedAttention:
             )
         if tree_mask is not None:
             tree_mask = tree_mask.view(torch.uint8)
-        items, merges, counts = plan
+        items, counts = plan
         partials = torch.empty(self._partial_elements, dtype=torch.float32, device=query.device)
         self._launch(
             (
-                out, lse, partials, query, key_cache, value_cache, block_table, items, merges, counts,
-                query_start_loc, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask,
+                out, lse, partials, query, key_cache, value_cache, block_table, items, counts,
+                alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask,
             )
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ Query tokens are cut into tiles; tiles of equal query count and similar span are
 its keys and values a chunk at a time, attends to each chunk with one fused call, and merges the chunks by their
 log-sum-exp. Working memory is bounded by ``GATHERED`` and ``LOGITS`` elements whatever the lengths; a batch of one long
 and many short sequences is never padded to the long one. How a batch is cut follows from its lengths alone and is
-remembered, so that a model's layers share it.
+remembered, up to ``REMEMBERED`` bytes, so that a model's layers share it.
 
 In batch-invariant mode tiles and chunks lie at fixed positions of the sequence and are padded to one size, so that the
 fused call, which computes each tile and head by itself, does the same for a row whatever surrounds it.
@@ -15,7 +15,7 @@ Layouts: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, Dv]
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,6 +29,8 @@ GATHERED = 1 << 20  # elements of a group's keys and values together at a time
 LOGITS = 1 << 20  # elements of a group's mask, or logits, at a time
 MAX_TILE_QUERIES = 256
 PADDING = 1 << 17  # elements of padding that cost less than one more group
+REMEMBERED = 1 << 26  # bytes of a batch's groups that are kept for its next layers
+REMEMBERED_BATCHES = 4
 INVARIANT_QUERIES = 16  # of a batch-invariant tile
 INVARIANT_KEYS = 256  # of a batch-invariant chunk
 INFINITY = float("inf")
@@ -75,6 +77,11 @@ class Chunk:
     mask: Tensor | None  # fp32 [G, 1, Q or 1, C], 0 or -inf; None: all is seen
     blind: Tensor | None  # bool [G, 1, Q or 1]: queries that see none of the chunk; None: there are none
 
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.position, self.block, self.slot, self.mask, self.blind)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -88,6 +95,31 @@ class Group:
     query_position: Tensor  # int64 [G, Q, 1]
     origin: Tensor  # int64 [G, 1, 1]
     chunks: tuple[Chunk, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return 4 * self.rows.nbytes + sum(chunk.num_bytes for chunk in self.chunks)
+
+
+class Batch:
+    """A batch cut into groups. They are made one at a time, and kept while all of them together are small."""
+
+    def __init__(self, parts: list[list[Tile]], make_group: Callable[[list[Tile]], Group]) -> None:
+        self.num_results = sum(tile.queries for part in parts for tile in part)
+        self.num_kept_bytes = 0
+        self._parts = parts
+        self._make_group = make_group
+        self._kept: dict[int, Group] = {}
+
+    def __iter__(self) -> Iterator[Group]:
+        for number, part in enumerate(self._parts):
+            group = self._kept.get(number)
+            if group is None:
+                group = self._make_group(part)
+                if self.num_kept_bytes + group.num_bytes <= REMEMBERED:
+                    self.num_kept_bytes += group.num_bytes
+                    self._kept[number] = group
+            yield group
 
 
 def paged_attention(
@@ -109,7 +141,7 @@ def paged_attention(
     q_scale = options.q_scale
     if q_scale is not None and q_scale.dim() == 1:
         q_scale = q_scale.repeat_interleave(num_heads // num_kv_heads)
-    groups = cut_batch(
+    batch = cut_batch(
         tuple(seq_lens.tolist()),
         tuple(query_start_loc.tolist()),
         key_cache.shape[1],
@@ -118,11 +150,11 @@ def paged_attention(
         Visibility(options.causal and options.tree_mask is None, options.sliding_window, options.attention_chunk),
         batch_invariant,
     )
-    if sum(group.written.numel() for group in groups) < num_tokens:  # padding, and positions below 0
+    if batch.num_results < num_tokens:  # padding, and positions below 0
         out.zero_()
         if lse is not None:
             lse.fill_(-INFINITY)
-    for group in groups:
+    for group in batch:
         # Of a lone query token, the heads that share a KV head are the rows of one product; of several, the tokens are.
         heads = (num_kv_heads, num_heads // num_kv_heads) if group.queries == 1 else (group.queries, num_heads)
         group_query = dequantize(query.index_select(0, group.rows), q_scale).view(-1, *heads, head_size)
@@ -142,7 +174,7 @@ def paged_attention(
             lse.index_copy_(0, group.written, result_lse)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=REMEMBERED_BATCHES)
 def cut_batch(
     seq_lens: tuple[int, ...],
     query_start_loc: tuple[int, ...],
@@ -151,7 +183,7 @@ def cut_batch(
     kv_elements: int,
     visibility: Visibility,
     batch_invariant: bool = False,
-) -> tuple[Group, ...]:
+) -> Batch:
     """Cut a batch into groups. ``kv_elements``: elements of one key and its value, over all KV heads."""
     tile_queries = max(1, min(MAX_TILE_QUERIES, LOGITS // (512 * num_heads)))
     if batch_invariant:
@@ -162,12 +194,10 @@ def cut_batch(
         size = INVARIANT_KEYS * max(kv_elements, num_heads * INVARIANT_QUERIES * GATHERED // LOGITS)
         tiles.sort(key=lambda tile: tile.num_chunks)
         count = max(1, GATHERED // size)
-        groups = [tiles[first : first + count] for first in range(0, len(tiles), count)]
-        return tuple(_make_invariant_group(group, block_size, visibility) for group in groups)
-    return tuple(
-        _make_group(group, block_size, num_heads, kv_elements, visibility)
-        for group in _group_tiles(tiles, num_heads, kv_elements)
-    )
+        parts = [tiles[first : first + count] for first in range(0, len(tiles), count)]
+        return Batch(parts, lambda part: _make_invariant_group(part, block_size, visibility))
+    parts = list(_group_tiles(tiles, num_heads, kv_elements))
+    return Batch(parts, lambda part: _make_group(part, block_size, num_heads, kv_elements, visibility))
 
 
 def _cut_tiles(

@@ -1,7 +1,7 @@
 """The attention plan on the device: one small launch a step, no synchronization, safe in a CUDA graph.
 
 Every program sees all sequences as the lanes of one vector, computes the same prefix sums, and writes every
-``num_programs``-th item of each sequence, so programs need nothing from each other. Layout of what it writes:
+``num_programs``-th item of each sequence, so programs need nothing from each other. What is written, and its layout:
 ``kernels/plan_reference.py``.
 """
 
@@ -17,7 +17,10 @@ from pagedattn.kernels.tiling import (
     COARSE_CHUNK,
     COARSE_FROM,
     FINE_CHUNK,
+    ITEM_FIELDS,
     MIN_CHUNK,
+    MIN_SHARE,
+    SHARE_UNIT,
     AttentionTiling,
     next_power_of_2,
 )
@@ -49,6 +52,112 @@ def part_begin(index, chunk, COARSE: tl.constexpr, FROM: tl.constexpr):
     return tl.where((chunk >= COARSE) | (index <= FROM // chunk), index * chunk, further)
 
 
+@triton.jit
+def store_item(
+    items_ptr, item, writes, sequence, row, queries, position, begin, end, slot, first_slot, num_slots, num_parts,
+    next_item, origin, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Write the fields of items [LANES]."""
+    item_ptr = items_ptr + item * FIELDS
+    tl.store(item_ptr, sequence, mask=writes)
+    tl.store(item_ptr + 1, row, mask=writes)
+    tl.store(item_ptr + 2, queries, mask=writes)
+    tl.store(item_ptr + 3, position, mask=writes)
+    tl.store(item_ptr + 4, begin, mask=writes)
+    tl.store(item_ptr + 5, end, mask=writes)
+    tl.store(item_ptr + 6, slot, mask=writes)
+    tl.store(item_ptr + 7, first_slot, mask=writes)
+    tl.store(item_ptr + 8, num_slots, mask=writes)
+    tl.store(item_ptr + 9, num_parts, mask=writes)
+    tl.store(item_ptr + 10, next_item, mask=writes)
+    tl.store(item_ptr + 11, origin, mask=writes)
+
+
+@triton.jit
+def store_counts(counts_ptr, num_items, num_rows, keys, num_arrivals, program, num_programs, LANES: tl.constexpr):
+    """Write the counts, and 0 for every tile's items that are done."""
+    lane = tl.arange(0, LANES)
+    if program == 0:
+        tl.store(counts_ptr, num_items)
+        tl.store(counts_ptr + 1, num_rows)
+        tl.store(counts_ptr + 2, keys)
+        tl.store(counts_ptr + 3, 0)
+    for start in tl.range(program * LANES, num_arrivals, num_programs * LANES):
+        tl.store(counts_ptr + 4 + start + lane, 0, mask=start + lane < num_arrivals)
+
+
+@triton.jit(
+    do_not_specialize=["num_seqs", "sliding_window", "workers", "num_arrivals", "num_programs"],
+)
+def plan_walks_kernel(
+    seq_lens_ptr,
+    query_start_loc_ptr,
+    items_ptr,
+    counts_ptr,
+    num_seqs,
+    sliding_window,
+    workers,
+    num_arrivals,
+    num_programs,
+    HAS_WINDOW: tl.constexpr,
+    MIN_UNITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    NUM_LANES: tl.constexpr,
+):
+    sequence = tl.arange(0, NUM_LANES)
+    program = tl.program_id(0)
+    exists = sequence < num_seqs
+    seq_len = tl.load(seq_lens_ptr + sequence, mask=exists, other=0)
+    row = tl.load(query_start_loc_ptr + sequence, mask=exists, other=0)
+    queries = tl.load(query_start_loc_ptr + sequence + 1, mask=exists, other=0) - row
+    num_rows = tl.load(query_start_loc_ptr + num_seqs)
+    is_tile = queries > 0
+    position = seq_len - queries
+    first_key = tl.zeros_like(seq_len)
+    if HAS_WINDOW:
+        first_key = tl.maximum(position - sliding_window + 1, 0)
+    first_unit = first_key // UNIT
+    units = tl.where(is_tile, tl.maximum(tl.cdiv(seq_len, UNIT) - first_unit, 1), 0)
+    stop = tl.cumsum(units)
+    start = stop - units
+    tile = tl.cumsum(is_tile.to(tl.int32)) - 1
+    line = tl.sum(units)
+    share = tl.maximum(tl.cdiv(line, workers), MIN_UNITS)
+    first_worker = start // share
+    parts = tl.where(is_tile, (stop - 1) // share - first_worker + 1, 0)
+    is_split = parts > 1
+    first_slot = 2 * first_worker + (start % share > 0).to(tl.int32)
+
+    store_counts(counts_ptr, workers, num_rows, share * UNIT, num_arrivals, program, num_programs, NUM_LANES)
+    first_lane = program * NUM_LANES
+    while first_lane < workers:  # those whose share is beyond the end of the line
+        idle_worker = first_lane + sequence
+        is_idle = (idle_worker < workers) & (idle_worker * share >= line)
+        nothing = tl.zeros_like(idle_worker)
+        store_item(
+            items_ptr, idle_worker, is_idle, nothing, nothing, nothing, nothing, nothing, nothing, nothing - 1, nothing,
+            nothing, nothing, nothing - 1, nothing, FIELDS,
+        )  # fmt: skip
+        first_lane += num_programs * NUM_LANES
+    part = program
+    most_parts = tl.max(parts)
+    while part < most_parts:
+        worker = first_worker + part
+        begin = tl.maximum(start, worker * share)
+        end = tl.minimum(stop, (worker + 1) * share)
+        begins_share = begin == worker * share
+        is_followed = (end == stop) & (end % share > 0) & (end < line)
+        store_item(
+            items_ptr, tl.where(begins_share, worker, workers + tile), part < parts, sequence, row, queries, position,
+            tl.where(begin == start, first_key, (first_unit + begin - start) * UNIT),
+            tl.minimum(seq_len, (first_unit + end - start) * UNIT),
+            tl.where(is_split, 2 * worker + tl.where(begins_share, 0, 1), -1), first_slot, parts, parts,
+            tl.where(is_followed, workers + tile + 1, -1), position, FIELDS,
+        )  # fmt: skip
+        part += num_programs
+
+
 @triton.jit(
     do_not_specialize=[
         "num_seqs",
@@ -56,23 +165,20 @@ def part_begin(index, chunk, COARSE: tl.constexpr, FROM: tl.constexpr):
         "target_items",
         "max_items",
         "max_slots",
-        "max_merges",
         "num_arrivals",
         "num_programs",
     ]
 )
-def plan_attention_kernel(
+def plan_items_kernel(
     seq_lens_ptr,
     query_start_loc_ptr,
     items_ptr,
-    merges_ptr,
     counts_ptr,
     num_seqs,
     sliding_window,
     target_items,
     max_items,
     max_slots,
-    max_merges,
     num_arrivals,
     num_programs,
     QUERIES_PER_TILE: tl.constexpr,
@@ -83,6 +189,7 @@ def plan_attention_kernel(
     FINE: tl.constexpr,
     COARSE: tl.constexpr,
     FROM: tl.constexpr,
+    FIELDS: tl.constexpr,
     NUM_LANES: tl.constexpr,
 ):
     sequence = tl.arange(0, NUM_LANES)
@@ -121,19 +228,11 @@ def plan_attention_kernel(
         first_slot = tl.cumsum(wanted) - wanted
     items_per_tile = tl.where(is_split, parts, 1)
     items = tiles * items_per_tile
-    merges = tl.where(is_split, tiles, 0)
     first_item = tl.cumsum(items) - items
-    first_merge = tl.cumsum(merges) - merges
 
     program = tl.program_id(0)
-    if program == 0:
-        tl.store(counts_ptr, tl.minimum(tl.sum(items), max_items))
-        tl.store(counts_ptr + 1, tl.minimum(tl.sum(merges), max_merges))
-        tl.store(counts_ptr + 2, tl.load(query_start_loc_ptr + num_seqs))
-        tl.store(counts_ptr + 3, chunk)
-        for start in tl.range(0, num_arrivals, NUM_LANES):
-            tl.store(counts_ptr + 4 + start + sequence, 0, mask=start + sequence < num_arrivals)
-
+    num_items, num_rows = tl.minimum(tl.sum(items), max_items), tl.load(query_start_loc_ptr + num_seqs)
+    store_counts(counts_ptr, num_items, num_rows, chunk, num_arrivals, program, num_programs, NUM_LANES)
     index = program
     most_items = tl.max(items)
     while index < most_items:
@@ -161,24 +260,13 @@ def plan_attention_kernel(
             part_end = key + chunk
             slot = first_of_tile + part
             used_slots = slots
-        merge = first_merge + tile
         item = first_item + index
-        writes = (index < items) & (item < max_items)
-        item_ptr = items_ptr + item * 8
-        tl.store(item_ptr, sequence, mask=writes)
-        tl.store(item_ptr + 1, begin + first_query, mask=writes)
-        tl.store(item_ptr + 2, queries, mask=writes)
-        tl.store(item_ptr + 3, position, mask=writes)
-        tl.store(item_ptr + 4, tl.where(is_split, key, first_key), mask=writes)
-        tl.store(item_ptr + 5, tl.where(is_split, tl.minimum(end_key, part_end), end_key), mask=writes)
-        tl.store(item_ptr + 6, tl.where(is_split, slot, -1), mask=writes)
-        tl.store(item_ptr + 7, tl.where(is_split, merge, -1), mask=writes)
-        writes = (index < items) & is_split & (part == 0) & (merge < max_merges)
-        merge_ptr = merges_ptr + merge * 4
-        tl.store(merge_ptr, first_of_tile, mask=writes)
-        tl.store(merge_ptr + 1, used_slots, mask=writes)
-        tl.store(merge_ptr + 2, parts, mask=writes)
-        tl.store(merge_ptr + 3, 0, mask=writes)
+        store_item(
+            items_ptr, item, (index < items) & (item < max_items), sequence, begin + first_query, queries, position,
+            tl.where(is_split, key, first_key), tl.where(is_split, tl.minimum(end_key, part_end), end_key),
+            tl.where(is_split, slot, -1), tl.where(is_split, first_of_tile, 0), tl.where(is_split, used_slots, 0),
+            tl.where(is_split, parts, 0), -1, origin, FIELDS,
+        )  # fmt: skip
         index += num_programs
 
 
@@ -186,32 +274,33 @@ def plan_attention(
     seq_lens: Tensor,
     query_start_loc: Tensor,
     items: Tensor,
-    merges: Tensor,
     counts: Tensor,
     *,
     tiling: AttentionTiling,
     sliding_window: int | None,
 ) -> None:
-    """Write the plan of seq_lens int32 [B] and query_start_loc int32 [B + 1] into items, merges and counts."""
-    num_seqs = seq_lens.shape[0]
+    """Write the plan of seq_lens int32 [B] and query_start_loc int32 [B + 1] into items and counts."""
+    num_seqs, num_arrivals = seq_lens.shape[0], counts.shape[0] - 4
     # The longer a sequence's list may be, the more programs share it.
     programs = min(32, max(1, tiling.max_items // max(1, num_seqs)))
     lanes = max(16, next_power_of_2(max(1, num_seqs)))
-    constants = (
-        tiling.queries_per_tile, sliding_window is not None, tiling.batch_invariant,
-        MIN_CHUNK, CHUNK_ALIGNMENT, FINE_CHUNK, COARSE_CHUNK, COARSE_FROM, lanes,
-    )  # fmt: skip
-    launch = launch_plan.prepare(
-        constants,
-        (programs, 1),
-        seq_lens.device,
-        (
-            num_seqs, sliding_window or 0, tiling.target_items, tiling.max_items, tiling.max_slots,
-            tiling.max_merges, counts.shape[0] - 4, programs, *constants,
-        ),
-        num_warps=4,
-    )  # fmt: skip
-    launch((seq_lens, query_start_loc, items, merges, counts))
+    has_window, window = sliding_window is not None, sliding_window or 0
+    if tiling.workers:
+        constants: tuple[int | bool, ...] = (has_window, MIN_SHARE // SHARE_UNIT, SHARE_UNIT, ITEM_FIELDS, lanes)
+        sizes: tuple[int, ...] = (num_seqs, window, tiling.workers, num_arrivals, programs)
+        launcher = launch_walks
+    else:
+        constants = (
+            tiling.queries_per_tile, has_window, tiling.batch_invariant,
+            MIN_CHUNK, CHUNK_ALIGNMENT, FINE_CHUNK, COARSE_CHUNK, COARSE_FROM, ITEM_FIELDS, lanes,
+        )  # fmt: skip
+        sizes = (
+            num_seqs, window, tiling.target_items, tiling.max_items, tiling.max_slots, num_arrivals, programs,
+        )  # fmt: skip
+        launcher = launch_items
+    launch = launcher.prepare(constants, (programs, 1), seq_lens.device, (*sizes, *constants), num_warps=4)
+    launch((seq_lens, query_start_loc, items, counts))
 
 
-launch_plan = Launcher(plan_attention_kernel)
+launch_walks = Launcher(plan_walks_kernel)
+launch_items = Launcher(plan_items_kernel)

@@ -7,10 +7,15 @@ Pure functions of host integers, so that they can be tested anywhere and never c
   ``head_tiles``, one for each KV head unless more query heads share it than fit in a product;
 - an *item* is one tile against some of the keys it can see. Items are what a plan lists and what a thread block runs,
   once for each head tile;
-- a tile of several items is *split*: its items write fp32 partials into *slots*, and a *merge* adds them up.
+- a tile of several items is *split*: its items write fp32 partials into *slots*, and the last of them to end adds up
+  the slots;
+- a *worker* is a thread block that walks a chain of items. Where every sequence's query tokens fit in one tile (decode,
+  verification of drafts), the keys of all tiles are laid end to end and cut into equal *shares*, one for each worker
+  (stream-K: Osama et al., 2023), so that all end at once whatever the lengths. Elsewhere each item has a thread block
+  of its own.
 
-The items' length is chosen on the device (it depends on the lengths); its bounds here make every buffer's size a
-function of shapes alone.
+The length of items and shares is chosen on the device (it depends on the lengths); its bounds here make every buffer's
+size a function of shapes alone.
 
 A batch-invariant plan reduces every row in one order whatever surrounds it: keys are taken in *chunks* that lie at
 fixed positions of the sequence (``chunk_of``), each chunk gives a partial, and partials are added up from the first
@@ -23,6 +28,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+LOG2E = 1.4426950408889634
+ITEM_FIELDS = 12
+SHARE_UNIT = 16  # keys; shares end where pages of so many begin
+MIN_SHARE = 64  # keys
 MIN_CHUNK = 128  # keys; a shorter item costs more in its launch and merge than it saves
 CHUNK_ALIGNMENT = 128  # keys; a multiple of every BLOCK_N, so that only an item's last iteration is ragged
 FINE_CHUNK = 256  # keys of a batch-invariant chunk below COARSE_FROM
@@ -31,6 +40,7 @@ COARSE_FROM = 8192
 INVARIANT_ROWS = 64
 INVARIANT_PARTIAL_BYTES = 1 << 26  # of partials that a batch-invariant plan may spend beyond one split tile
 MAX_ROWS = {128: 128, 256: 64, 576: 32}  # rows of a tile by the largest head size they are for
+MAX_WALKED_ROWS = 64  # of tiles that workers walk
 
 
 def next_power_of_2(n: int) -> int:
@@ -55,6 +65,15 @@ def max_chunks(max_seq_len: int) -> int:
     return min(ceil_div(max_seq_len, FINE_CHUNK), COARSE_FROM // FINE_CHUNK + ceil_div(max_seq_len, COARSE_CHUNK))
 
 
+def round_workers(workers: int) -> int:
+    """A little fewer, where that makes a round number: batches often are round, and then fewer sequences are cut."""
+    for unit in (32, 16, 8):
+        rounded = workers // unit * unit
+        if rounded * 25 >= workers * 24:
+            return rounded
+    return workers
+
+
 @dataclass(frozen=True)
 class AttentionTiling:
     """Tile shape and buffer bounds of one attention geometry."""
@@ -64,17 +83,17 @@ class AttentionTiling:
     head_tiles: int
     queries_per_tile: int
     tiles_per_sequence: int
+    workers: int  # per head tile; 0: every item has its own thread block
     target_items: int  # items per head tile that fill the device
     max_items: int
     max_slots: int  # per head tile
-    max_merges: int
     slot_rows: int  # rows of a slot: those of a tile that can be used
     batch_invariant: bool
 
     @property
     def num_counts(self) -> int:
         """Elements of a plan's counts."""
-        return 4 + self.max_merges * self.head_tiles
+        return 4 + self.max_slots * self.head_tiles
 
 
 def choose_tiling(
@@ -86,10 +105,10 @@ def choose_tiling(
     max_query_len: int,
     max_seq_len: int,
     num_seqs: int,
-    programs: int,
+    multiprocessors: int,
     batch_invariant: bool = False,
 ) -> AttentionTiling:
-    """Choose the tile of a geometry. ``programs`` is how many thread blocks the device runs at once."""
+    """Choose the tile of a geometry on a device."""
     group = num_heads // num_kv_heads
     largest_head = max(head_size, head_size_v)
     largest = next(rows for size, rows in MAX_ROWS.items() if largest_head <= size)
@@ -104,8 +123,24 @@ def choose_tiling(
     queries_per_tile = rows // heads_per_tile
     tiles_per_sequence = ceil_div(max_query_len, queries_per_tile)
     max_tiles = num_seqs * tiles_per_sequence
-    target_items = ceil_div(programs, head_tiles)
     slot_rows = min(rows, max_query_len * heads_per_tile)
+    if not batch_invariant and tiles_per_sequence <= 1 and rows <= MAX_WALKED_ROWS:
+        # Large heads fill a multiprocessor's shared memory with one thread block.
+        workers = round_workers(max(1, multiprocessors * (2 if largest_head <= 128 else 1) // head_tiles))
+        return AttentionTiling(
+            rows=rows,
+            heads_per_tile=heads_per_tile,
+            head_tiles=head_tiles,
+            queries_per_tile=queries_per_tile,
+            tiles_per_sequence=tiles_per_sequence,
+            workers=workers,
+            target_items=workers,
+            max_items=workers + num_seqs,  # a worker's first item, and the first item of each tile
+            max_slots=2 * workers,  # a worker ends one split tile and begins another
+            slot_rows=slot_rows,
+            batch_invariant=False,
+        )
+    target_items = ceil_div(2 * multiprocessors, head_tiles)
     # An item has at least total / target_items keys, so cutting adds at most target_items items, and a split tile
     # (of two or more items) has at most twice as many items as it has whole ones. A batch-invariant item ends where a
     # chunk does, so a window adds another to each split tile, of which there are at most target_items.
@@ -121,10 +156,10 @@ def choose_tiling(
         head_tiles=head_tiles,
         queries_per_tile=queries_per_tile,
         tiles_per_sequence=tiles_per_sequence,
+        workers=0,
         target_items=target_items,
         max_items=max_tiles + (target_items * (2 if batch_invariant else 1) if can_split else 0),
         max_slots=max_slots if can_split else 0,
-        max_merges=target_items if can_split else 0,
         slot_rows=slot_rows,
         batch_invariant=batch_invariant,
     )
@@ -161,4 +196,109 @@ def choose_launch(
     fitting = (shared_memory - resident) // stage
     return AttentionLaunch(
         block_n=block_n, num_warps=num_warps, num_stages=max(1, min(4 if rows <= 16 else 3, fitting))
+    )
+
+
+# --- Hopper -----------------------------------------------------------------------------------------------------------
+
+HOPPER_HEAD_SIZES = (64, 128, 256)
+HOPPER_BLOCK_N = 64  # keys of a tile: the rows of one warp-group product
+HOPPER_SHARED_MEMORY = 232_448  # bytes that one thread block may use
+HOPPER_HALF_SHARED_MEMORY = 115_712  # that each of two on a multiprocessor may use
+HOPPER_IN_FLIGHT = 131_072  # bytes that a multiprocessor asks for at a time: more only disorders the memory's queues
+HOPPER_MAX_COLUMNS = 32  # more would not fit in the registers of one warp group
+MIN_PAGE = 8  # slots: swizzled tiles are made of eight rows
+
+
+@dataclass(frozen=True)
+class CacheRows:
+    """A cache [N, S, Hkv, D] as rows of one matrix: slot s of block b and head h is row b * block_rows + h * head_rows
+    + s, from column h * head_columns on."""
+
+    block_rows: int
+    head_rows: int
+    head_columns: int
+    num_rows: int
+    num_columns: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> CacheRows | None:
+        """None where the strides allow no such matrix, or not one for the copy engine."""
+        blocks, block_size, heads, head_size = shape
+        stride_block, stride_slot, stride_head, _ = strides
+        stride_block, stride_head = stride_block if blocks > 1 else 0, stride_head if heads > 1 else 0
+        if stride_slot < 1 or stride_slot * itemsize % 16 or stride_block % stride_slot:
+            return None
+        head_rows = head_columns = 0
+        if stride_head % stride_slot == 0:
+            head_rows = stride_head // stride_slot
+        elif (heads - 1) * stride_head + head_size <= stride_slot:
+            head_columns = stride_head
+        else:
+            return None
+        block_rows = stride_block // stride_slot
+        num_rows = (blocks - 1) * block_rows + (heads - 1) * head_rows + block_size
+        num_columns = (heads - 1) * head_columns + head_size
+        fits = 0 <= num_rows < 1 << 31 and block_rows >= 0 and head_rows >= 0 and num_columns <= stride_slot
+        return cls(block_rows, head_rows, head_columns, num_rows, num_columns) if fits else None
+
+
+@dataclass(frozen=True)
+class HopperDecodeLaunch:
+    """Compile-time choices of ``kernels/hopper_decode.py``, and the caches as it sees them."""
+
+    columns: int
+    page: int  # slots that the copy engine fetches at a time
+    block_n: int
+    stages: int
+    slots: int  # partials that a merge reads at a time
+    slot_rows: int  # a power of two
+    max_registers: int | None  # of a thread, so that two thread blocks fit
+    key_rows: CacheRows
+    value_rows: CacheRows
+
+
+def choose_hopper_decode(
+    *,
+    tiling: AttentionTiling,
+    head_size: int,
+    head_size_v: int,
+    cache_itemsize: float,
+    block_size: int,
+    key_rows: CacheRows | None,
+    value_rows: CacheRows | None,
+) -> HopperDecodeLaunch | None:
+    """The launch of the Hopper kernel; None where it has none and the portable kernel serves.
+
+    ``cache_itemsize``: bytes of an element as stored, 0.5 for int4.
+    """
+    page = min(block_size & -block_size, HOPPER_BLOCK_N)
+    is_served = tiling.workers > 0 and head_size == head_size_v and head_size in HOPPER_HEAD_SIZES
+    # Halves of an int4 tile are tiles of whole swizzles.
+    if not is_served or page < MIN_PAGE or (cache_itemsize < 1 and head_size < 128) or cache_itemsize > 2:
+        return None
+    slot_rows = next_power_of_2(tiling.slot_rows)
+    columns = max(8, slot_rows)
+    if columns > HOPPER_MAX_COLUMNS or key_rows is None or value_rows is None:
+        return None
+    is_half = head_size <= 128  # of a multiprocessor
+    available = HOPPER_HALF_SHARED_MEMORY if is_half else HOPPER_SHARED_MEMORY
+    available -= columns * (head_size + HOPPER_BLOCK_N) * 2 + 4096  # query, probabilities; barriers and reductions
+    if cache_itemsize < 2:
+        available -= HOPPER_BLOCK_N * head_size * 2  # the tile that was dequantized
+    stage = int(2 * HOPPER_BLOCK_N * head_size * cache_itemsize)
+    in_flight = HOPPER_IN_FLIGHT // (2 if is_half else 1)
+    stages = min(available // stage, max(2, in_flight // stage))
+    if stages < 2:
+        return None
+    return HopperDecodeLaunch(
+        columns=columns,
+        page=page,
+        block_n=HOPPER_BLOCK_N,
+        stages=stages,
+        slots=max(1, min(16, 8192 // (slot_rows * head_size))),
+        slot_rows=slot_rows,
+        max_registers=128 if is_half else None,
+        key_rows=key_rows,
+        value_rows=value_rows,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pagedattn import ops
+from pagedattn.checks import check_block_ids, check_index, fail, require_int, require_tensor
 
 
 def shared_prefix_attention(
@@ -48,18 +49,19 @@ def shared_prefix_attention(
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
-    if not isinstance(prefix_blocks, Tensor) or prefix_blocks.dim() != 1:
-        raise ValueError(f"prefix_blocks: got {prefix_blocks!r:.80}; must be an int32 tensor [P]")
-    limit = prefix_blocks.shape[0] * key_cache.shape[1]
-    if isinstance(prefix_len, bool) or not isinstance(prefix_len, (int, torch.SymInt)):
-        raise TypeError(f"prefix_len: got {type(prefix_len).__name__}; must be an int")
-    if not 1 <= prefix_len <= limit:
-        raise ValueError(f"prefix_len: got {prefix_len}; must be within 1..{limit}, what prefix_blocks hold")
+    require_tensor("prefix_blocks", prefix_blocks)
     own, own_lse = ops.paged_attention(
         query, key_cache, value_cache, block_table, seq_lens, query_start_loc,
         max_query_len=max_query_len, max_seq_len=max_seq_len, scale=scale, softcap=softcap, sinks=sinks,
         k_scale=k_scale, v_scale=v_scale, return_lse=True,
     )  # fmt: skip
+    check_index("prefix_blocks", prefix_blocks, torch.int32, 1, query.device)
+    limit = prefix_blocks.shape[0] * key_cache.shape[1]
+    require_int("prefix_len", prefix_len)
+    if not 1 <= prefix_len <= limit:
+        fail("prefix_len", prefix_len, f"within 1..{limit}, what prefix_blocks hold")
+    if ops.CHECK_VALUES:
+        check_block_ids("prefix_blocks", prefix_blocks[: -(-prefix_len // key_cache.shape[1])], key_cache.shape[0])
     # To the prefix all query tokens are one batch, of rows no longer than it: a query must not lie before position 0.
     num_tokens = query.shape[0]
     step = max(1, min(prefix_len, num_tokens))

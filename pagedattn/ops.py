@@ -11,158 +11,49 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple, NoReturn, overload
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from pagedattn.checks import (
+    FLOAT_DTYPES,
+    cache_head_size,
+    check_block_ids,
+    check_cache_scales,
+    check_caches,
+    check_dense,
+    check_head_sizes,
+    check_index,
+    check_rows,
+    describe,
+    fail,
+    require_bool,
+    require_int,
+    require_no_grad,
+    require_number,
+    require_tensor,
+)
 from pagedattn.kernels import attention_reference, cache_reference, plan_reference
 from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.quantization import LARGEST
-from pagedattn.kernels.tiling import AttentionTiling, choose_tiling
+from pagedattn.kernels.tiling import ITEM_FIELDS, AttentionTiling, choose_tiling
+from pagedattn.seen import SeenCalls
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHECK_VALUES = os.environ.get("PAGEDATTN_CHECK") == "1"
-INTERPRETER_PROGRAMS = 8
+INTERPRETER_MULTIPROCESSORS = 4
 
-_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_QUERY_DTYPES = (*_FLOAT_DTYPES, torch.float8_e4m3fn)
+_QUERY_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 QUANTIZED_DTYPES = tuple(LARGEST)  # of caches
-_CACHE_DTYPES = (*_FLOAT_DTYPES, *QUANTIZED_DTYPES)
 
 _library = torch.library.Library("pagedattn", "DEF")
 
 
-# --- checks: from metadata alone, so that they never synchronize -----------------------------------------------------
-
-
-def _fail(name: str, given: object, required: str) -> NoReturn:
-    raise ValueError(f"{name}: got {_describe(given)}; must be {required}")
-
-
-def _describe(given: object) -> str:
-    if isinstance(given, Tensor):
-        return f"{given.dtype} {list(given.shape)} on {given.device}".replace("torch.", "")
-    return repr(given)
-
-
-def _require_tensor(name: str, given: object, optional: bool = False) -> None:
-    if not isinstance(given, Tensor) and not (optional and given is None):
-        raise TypeError(f"{name}: got {type(given).__name__}; must be a torch.Tensor{' or None' if optional else ''}")
-
-
-def _require_int(name: str, given: object, minimum: int = 0, optional: bool = False) -> None:
-    if optional and given is None:
-        return
-    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(given).__name__}; must be an int{' or None' if optional else ''}")
-    if given < minimum:
-        raise ValueError(f"{name}: got {given}; must be >= {minimum}")
-
-
-def _require_number(name: str, given: object, positive: bool = False) -> None:
-    if given is None:
-        return
-    if isinstance(given, bool) or not isinstance(given, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(given).__name__}; must be a float or None")
-    if given != given or given in (float("inf"), float("-inf")) or (positive and given <= 0):
-        raise ValueError(f"{name}: got {given}; must be {'positive and ' if positive else ''}finite")
-
-
-def _require_bool(name: str, given: object) -> None:
-    if not isinstance(given, bool):
-        raise TypeError(f"{name}: got {type(given).__name__}; must be a bool")
-
-
-def _require_no_grad(**tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(f"{name}: requires grad; must not, for the ops have no backward (use torch.no_grad())")
-
-
-def _check_dense(name: str, given: Tensor) -> None:
-    if given.dim() and given.stride()[-1] != 1 and given.shape[-1] > 1:
-        _fail(name, given.stride(), "contiguous in its last dimension")
-
-
-def _check_index(
-    name: str, given: Tensor, dtype: torch.dtype, dims: int, device: torch.device, size: Any = None
-) -> None:
-    """An index tensor: dtype, rank, first size if given, last dimension contiguous, on the ops' device."""
-    if given.dtype != dtype or given.ndim != dims or (size is not None and given.shape[0] != size):
-        shape = "[" + ", ".join([str(size) if size is not None else ":", ":"][:dims]) + "]"
-        _fail(name, given, f"{dtype} {shape}".replace("torch.", ""))
-    if given.device != device:
-        _fail(name, given, f"on {device}")
-    _check_dense(name, given)
-
-
-def _check_rows(
-    name: str, given: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], tokens: Any = None
-) -> None:
-    """A tensor of heads per token: [T, H, D]."""
-    if given.ndim != 3 or (tokens is not None and given.shape[0] != tokens):
-        _fail(name, given, f"[{'T' if tokens is None else tokens}, heads, head_size]")
-    if given.dtype not in dtypes:
-        _fail(name, given, f"one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
-    if given.device != device:
-        _fail(name, given, f"on {device}")
-    _check_dense(name, given)
-
-
-def _check_cache(name: str, cache: Tensor, device: torch.device) -> Sequence[int]:
-    if cache.ndim != 4:
-        _fail(name, cache, "[num_blocks, block_size, num_kv_heads, head_size]")
-    if cache.dtype not in _CACHE_DTYPES:
-        _fail(name, cache, "fp16, bf16, fp32, float8_e4m3fn, float8_e5m2, int8 or uint8 (int4)")
-    if cache.device != device:
-        _fail(name, cache, f"on {device}")
-    _check_dense(name, cache)
-    return cache.shape
-
-
-def _check_caches(key_cache: Tensor, value_cache: Tensor, device: torch.device) -> None:
-    blocks, block_size, num_kv_heads, _ = _check_cache("key_cache", key_cache, device)
-    if block_size < 1:
-        _fail("key_cache", key_cache, "of block_size >= 1")
-    if num_kv_heads < 1:
-        _fail("key_cache", key_cache, "of num_kv_heads >= 1")
-    blocks_v, block_size_v, num_kv_heads_v, _ = _check_cache("value_cache", value_cache, device)
-    if blocks_v != blocks or block_size_v != block_size or num_kv_heads_v != num_kv_heads:
-        _fail("value_cache", value_cache, f"[{blocks}, {block_size}, {num_kv_heads}, :] like key_cache")
-    if value_cache.dtype != key_cache.dtype:
-        _fail("value_cache", value_cache, f"{key_cache.dtype} like key_cache")
-
-
-def _head_size(cache: Tensor) -> int:
-    return cache.shape[3] * 2 if cache.dtype == torch.uint8 else cache.shape[3]
-
-
-def _check_cache_scales(cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is None:
-            continue
-        fits = scale.dim() == 0 or scale.shape == (cache.shape[2],) or scale.shape == cache.shape[:3]
-        blocks, block_size, heads = cache.shape[:3]
-        if not fits:
-            _fail(name, scale, f"0-d, [{heads}] or [{blocks}, {block_size}, {heads}]")
-        if scale.dtype != torch.float32:
-            _fail(name, scale, "float32")
-        if scale.device != cache.device:
-            _fail(name, scale, f"on {cache.device}")
-        if scale.dim() == 1:
-            _check_dense(name, scale)
-
-
-def _check_head_sizes(name: str, head_size: int, name_v: str, head_size_v: int) -> None:
-    if head_size < 8 or head_size % 8 or not (head_size <= 256 or head_size in (512, 576)):
-        raise ValueError(f"{name}: got head size {head_size}; must be a multiple of 8 up to 256, 512 or 576")
-    if head_size_v < 8 or head_size_v % 8 or not (head_size_v <= 256 or head_size_v == 512):
-        raise ValueError(f"{name_v}: got head size {head_size_v}; must be a multiple of 8 up to 256, or 512")
+# --- checks of whole calls: from metadata alone, so that they never synchronize --------------------------------------
 
 
 class _Attention(NamedTuple):
@@ -197,59 +88,62 @@ def _check_attention(call: _Attention) -> None:
         sliding_window, attention_chunk, softcap, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask, _, _,
     ) = call  # fmt: skip
     device = query.device
-    _check_rows("query", query, device, _QUERY_DTYPES)
-    _check_caches(key_cache, value_cache, device)
+    check_rows("query", query, device, _QUERY_DTYPES)
+    check_caches(key_cache, value_cache, device)
     num_tokens, num_heads, head_size = query.shape
     num_seqs = seq_lens.shape[0] if seq_lens.dim() else -1
-    _check_index("seq_lens", seq_lens, torch.int32, 1, device)
-    _check_index("block_table", block_table, torch.int32, 2, device, num_seqs)
-    _check_index("query_start_loc", query_start_loc, torch.int32, 1, device, num_seqs + 1)
+    check_index("seq_lens", seq_lens, torch.int32, 1, device)
+    check_index("block_table", block_table, torch.int32, 2, device, num_seqs)
+    check_index("query_start_loc", query_start_loc, torch.int32, 1, device, num_seqs + 1)
     num_kv_heads = key_cache.shape[2]
     if num_heads < 1 or num_heads % num_kv_heads:
-        _fail("query", query, f"of a multiple of key_cache's {num_kv_heads} heads")
-    if _head_size(key_cache) != head_size:
-        _fail("key_cache", key_cache, f"of head size {head_size} like query")
-    _check_head_sizes("query", head_size, "value_cache", _head_size(value_cache))
+        fail("query", query, f"of a multiple of key_cache's {num_kv_heads} heads")
+    if cache_head_size(key_cache) != head_size:
+        fail("key_cache", key_cache, f"of head size {head_size} like query")
+    check_head_sizes("query", head_size, "value_cache", cache_head_size(value_cache))
     if key_cache.dtype not in LARGEST and query.dtype != key_cache.dtype:
-        _fail("key_cache", key_cache, f"{query.dtype} like query, or quantized")
+        fail("key_cache", key_cache, f"{query.dtype} like query, or quantized")
     if query.dtype == torch.float8_e4m3fn:
         if q_scale is None:
-            _fail("q_scale", q_scale, "given for a float8_e4m3fn query")
+            fail("q_scale", q_scale, "given for a float8_e4m3fn query")
         if key_cache.dtype != torch.float8_e4m3fn:
-            _fail("key_cache", key_cache, "float8_e4m3fn for a float8_e4m3fn query")
+            fail("key_cache", key_cache, "float8_e4m3fn for a float8_e4m3fn query")
     if max_query_len < (1 if num_tokens else 0):
-        _fail("max_query_len", max_query_len, ">= 1")
+        fail("max_query_len", max_query_len, ">= 1")
     if max_seq_len < 0:
-        _fail("max_seq_len", max_seq_len, ">= 0")
+        fail("max_seq_len", max_seq_len, ">= 0")
     if max_seq_len > block_table.shape[1] * key_cache.shape[1]:
-        _fail("max_seq_len", max_seq_len, "within block_table")
+        fail("max_seq_len", max_seq_len, "within block_table")
     if not -math.inf < scale < math.inf:
-        _fail("scale", scale, "finite")
+        fail("scale", scale, "finite")
     if softcap is not None and not 0 < softcap < math.inf:
-        _fail("softcap", softcap, "positive and finite")
+        fail("softcap", softcap, "positive and finite")
     if sliding_window is not None and sliding_window < 1:
-        _fail("sliding_window", sliding_window, ">= 1")
+        fail("sliding_window", sliding_window, ">= 1")
     if attention_chunk is not None and attention_chunk < 1:
-        _fail("attention_chunk", attention_chunk, ">= 1")
+        fail("attention_chunk", attention_chunk, ">= 1")
     for name, tensor in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if tensor is not None:
             fits = tensor.shape == (num_heads,) and tensor.dtype == torch.float32 and tensor.device == device
             if not fits:
-                _fail(name, tensor, f"float32 [{num_heads}] on {device}")
-            _check_dense(name, tensor)
+                fail(name, tensor, f"float32 [{num_heads}] on {device}")
+            check_dense(name, tensor)
     if q_scale is not None:
         fits = (q_scale.dim() == 0 or q_scale.shape == (num_kv_heads,)) and q_scale.dtype == torch.float32
         if not fits or q_scale.device != device:
-            _fail("q_scale", q_scale, f"float32, 0-d or [{num_kv_heads}], on {device}")
-        _check_dense("q_scale", q_scale)
+            fail("q_scale", q_scale, f"float32, 0-d or [{num_kv_heads}], on {device}")
+        check_dense("q_scale", q_scale)
     if k_scale is not None or v_scale is not None:
-        _check_cache_scales(key_cache, k_scale, v_scale)
+        check_cache_scales(key_cache, k_scale, v_scale)
     if tree_mask is not None:
         fits = tree_mask.shape == (num_tokens, max_query_len) and tree_mask.dtype == torch.bool
         if not fits or tree_mask.device != device:
-            _fail("tree_mask", tree_mask, f"bool [{num_tokens}, {max_query_len}] on {device}")
-        _check_dense("tree_mask", tree_mask)
-    _require_no_grad(query=query, key_cache=key_cache, value_cache=value_cache, alibi_slopes=alibi_slopes, sinks=sinks)
+            fail("tree_mask", tree_mask, f"bool [{num_tokens}, {max_query_len}] on {device}")
+        check_dense("tree_mask", tree_mask)
+    require_no_grad(
+        query=query, key_cache=key_cache, value_cache=value_cache, alibi_slopes=alibi_slopes, sinks=sinks,
+        q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
 
 
 def _check_append(
@@ -262,30 +156,32 @@ def _check_append(
     v_scale: Tensor | None,
 ) -> None:
     device = key.device
-    _check_rows("key", key, device, _FLOAT_DTYPES)
-    _check_rows("value", value, device, (key.dtype,), tokens=key.shape[0])
-    _check_caches(key_cache, value_cache, device)
-    _check_index("slot_mapping", slot_mapping, torch.int64, 1, device, key.shape[0])
+    check_rows("key", key, device, FLOAT_DTYPES)
+    check_rows("value", value, device, (key.dtype,), tokens=key.shape[0])
+    check_caches(key_cache, value_cache, device)
+    check_index("slot_mapping", slot_mapping, torch.int64, 1, device, key.shape[0])
     for name, rows, cache_name, cache in (
         ("key", key, "key_cache", key_cache),
         ("value", value, "value_cache", value_cache),
     ):
-        if rows.shape[1] != cache.shape[2] or rows.shape[2] != _head_size(cache):
-            _fail(name, rows, f"[T, {cache.shape[2]}, {_head_size(cache)}] like {cache_name}")
+        if rows.shape[1] != cache.shape[2] or rows.shape[2] != cache_head_size(cache):
+            fail(name, rows, f"[T, {cache.shape[2]}, {cache_head_size(cache)}] like {cache_name}")
     if key_cache.dtype in LARGEST:
         if k_scale is None:
-            _fail("k_scale", k_scale, f"given for a {key_cache.dtype} cache")
+            fail("k_scale", k_scale, f"given for a {key_cache.dtype} cache")
         if v_scale is None:
-            _fail("v_scale", v_scale, f"given for a {value_cache.dtype} cache")
-        _check_cache_scales(key_cache, k_scale, v_scale)
+            fail("v_scale", v_scale, f"given for a {value_cache.dtype} cache")
+        check_cache_scales(key_cache, k_scale, v_scale)
     else:
         if key_cache.dtype != key.dtype:
-            _fail("key_cache", key_cache, f"{key.dtype} like key, or quantized")
+            fail("key_cache", key_cache, f"{key.dtype} like key, or quantized")
         if k_scale is not None:
-            _fail("k_scale", k_scale, f"None for a {key_cache.dtype} cache")
+            fail("k_scale", k_scale, f"None for a {key_cache.dtype} cache")
         if v_scale is not None:
-            _fail("v_scale", v_scale, f"None for a {value_cache.dtype} cache")
-    _require_no_grad(key=key, value=value, key_cache=key_cache, value_cache=value_cache)
+            fail("v_scale", v_scale, f"None for a {value_cache.dtype} cache")
+    require_no_grad(
+        key=key, value=value, key_cache=key_cache, value_cache=value_cache, k_scale=k_scale, v_scale=v_scale
+    )
 
 
 def _check_attention_values(call: _Attention) -> None:
@@ -295,17 +191,19 @@ def _check_attention_values(call: _Attention) -> None:
     )  # fmt: skip
     block_table, key_cache, max_query_len = call.block_table, call.key_cache, call.max_query_len
     if not all(0 <= n <= max_seq_len for n in lengths):
-        _fail("seq_lens", lengths, f"within 0..max_seq_len={max_seq_len}")
+        fail("seq_lens", lengths, f"within 0..max_seq_len={max_seq_len}")
     steps = [end - begin for begin, end in itertools.pairwise(starts)]
     if starts[0] != 0 or starts[-1] > rows:
-        _fail("query_start_loc", starts, f"from 0 to at most {rows}")
+        fail("query_start_loc", starts, f"from 0 to at most {rows}")
     if not all(0 <= n <= max_query_len for n in steps):
-        _fail("query_start_loc", starts, f"rising by 0..max_query_len={max_query_len}")
-    blocks = torch.arange(block_table.shape[1], device=block_table.device)
-    used = block_table[blocks * key_cache.shape[1] < call.seq_lens[:, None]]
-    bad = used[(used < 0) | (used >= key_cache.shape[0])].tolist()
-    if bad:
-        _fail("block_table", bad[:4], f"block ids within 0..{key_cache.shape[0] - 1}")
+        fail("query_start_loc", starts, f"rising by 0..max_query_len={max_query_len}")
+    _check_table_values(block_table, call.seq_lens, key_cache)
+
+
+def _check_table_values(block_table: Tensor, seq_lens: Tensor, key_cache: Tensor) -> None:
+    """Blocks that hold tokens exist."""
+    first_tokens = torch.arange(block_table.shape[1], device=block_table.device) * key_cache.shape[1]
+    check_block_ids("block_table", block_table[first_tokens < seq_lens[:, None]], key_cache.shape[0])
 
 
 def _check_slot_values(slot_mapping: Tensor, key_cache: Tensor) -> None:
@@ -313,21 +211,20 @@ def _check_slot_values(slot_mapping: Tensor, key_cache: Tensor) -> None:
     limit = key_cache.shape[0] * key_cache.shape[1]
     bad = slots[(slots < -1) | (slots >= limit)].tolist()
     if bad:
-        _fail("slot_mapping", bad[:4], f"-1 or slots within 0..{limit - 1}")
+        fail("slot_mapping", bad[:4], f"-1 or slots within 0..{limit - 1}")
     ids, counts = slots.unique(return_counts=True)
     if ids.numel() != slots.numel():
-        _fail("slot_mapping", ids[counts > 1][:4].tolist(), "without duplicates")
+        fail("slot_mapping", ids[counts > 1][:4].tolist(), "without duplicates")
 
 
 # --- geometry: what a plan is made for, from host integers ------------------------------------------------------------
 
 
 @lru_cache
-def _programs(device: torch.device) -> int:
-    """Thread blocks that a device runs at once, two to a multiprocessor."""
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
-        return INTERPRETER_PROGRAMS
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        return INTERPRETER_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class _Geometry(NamedTuple):
@@ -343,7 +240,7 @@ class _Geometry(NamedTuple):
 
 
 def _tiling(geometry: _Geometry, num_seqs: int, device: torch.device) -> AttentionTiling:
-    return choose_tiling(**geometry._asdict(), num_seqs=num_seqs, programs=_programs(device))
+    return choose_tiling(**geometry._asdict(), num_seqs=num_seqs, multiprocessors=_multiprocessors(device))
 
 
 _cached_tiling = lru_cache(maxsize=1024)(_tiling)  # symbolic sizes, which only fakes see, cannot be hashed
@@ -354,19 +251,18 @@ def _window(sliding_window: int | None, max_seq_len: int) -> int | None:
     return None if sliding_window is None or sliding_window >= max_seq_len else sliding_window
 
 
-def _plan_buffers(tiling: AttentionTiling, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_buffers(tiling: AttentionTiling, like: Tensor) -> tuple[Tensor, Tensor]:
     return (
-        like.new_empty((tiling.max_items, 8), dtype=torch.int32),
-        like.new_empty((tiling.max_merges, 4), dtype=torch.int32),
+        like.new_empty((tiling.max_items, ITEM_FIELDS), dtype=torch.int32),
         like.new_empty((tiling.num_counts,), dtype=torch.int32),
     )
 
 
-def _fits_plan(tiling: AttentionTiling, device: torch.device, items: Tensor, merges: Tensor, counts: Tensor) -> bool:
-    shapes = ((tiling.max_items, 8), (tiling.max_merges, 4), (tiling.num_counts,))
+def _fits_plan(tiling: AttentionTiling, device: torch.device, items: Tensor, counts: Tensor) -> bool:
+    shapes = ((tiling.max_items, ITEM_FIELDS), (tiling.num_counts,))
     return all(
         tensor.shape == shape and tensor.dtype == torch.int32 and tensor.device == device and tensor.is_contiguous()
-        for tensor, shape in zip((items, merges, counts), shapes, strict=True)
+        for tensor, shape in zip((items, counts), shapes, strict=True)
     )
 
 
@@ -380,25 +276,25 @@ def _uses_triton(tensor: Tensor) -> bool:
 def _plan_geometry(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> _Geometry:
     """The geometry of a plan op's arguments (those of ``_PLAN``), checked."""
     geometry = _Geometry._make((*arguments[:6], arguments[7]))
-    _check_index("seq_lens", seq_lens, torch.int32, 1, seq_lens.device)
-    _check_index("query_start_loc", query_start_loc, torch.int32, 1, seq_lens.device, seq_lens.shape[0] + 1)
+    check_index("seq_lens", seq_lens, torch.int32, 1, seq_lens.device)
+    check_index("query_start_loc", query_start_loc, torch.int32, 1, seq_lens.device, seq_lens.shape[0] + 1)
     if geometry.num_heads % geometry.num_kv_heads != 0:
-        _fail("num_heads", geometry.num_heads, f"a multiple of num_kv_heads={geometry.num_kv_heads}")
-    _check_head_sizes("head_size", geometry.head_size, "head_size_v", geometry.head_size_v)
+        fail("num_heads", geometry.num_heads, f"a multiple of num_kv_heads={geometry.num_kv_heads}")
+    check_head_sizes("head_size", geometry.head_size, "head_size_v", geometry.head_size_v)
     return geometry
 
 
 def _plan_attention_out(
-    seq_lens: Tensor, query_start_loc: Tensor, items: Tensor, merges: Tensor, counts: Tensor, *arguments: Any
+    seq_lens: Tensor, query_start_loc: Tensor, items: Tensor, counts: Tensor, *arguments: Any
 ) -> None:
     geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
     tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
-    if not _fits_plan(tiling, seq_lens.device, items, merges, counts):
-        _fail("out", items, f"a plan of {seq_lens.shape[0]} sequences with the same geometry")
-    _write_plan(seq_lens, query_start_loc, items, merges, counts, tiling, _window(arguments[6], geometry.max_seq_len))
+    if not _fits_plan(tiling, seq_lens.device, items, counts):
+        fail("out", items, f"a plan of {seq_lens.shape[0]} sequences with the same geometry")
+    _write_plan(seq_lens, query_start_loc, items, counts, tiling, _window(arguments[6], geometry.max_seq_len))
 
 
-def _plan_attention(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_attention(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
     tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
     tensors = _plan_buffers(tiling, seq_lens)
@@ -410,7 +306,6 @@ def _write_plan(
     seq_lens: Tensor,
     query_start_loc: Tensor,
     items: Tensor,
-    merges: Tensor,
     counts: Tensor,
     tiling: AttentionTiling,
     window: int | None,
@@ -420,18 +315,18 @@ def _write_plan(
         from pagedattn.kernels import plan
 
         make = plan.plan_attention
-    make(seq_lens, query_start_loc, items, merges, counts, tiling=tiling, sliding_window=window)
+    make(seq_lens, query_start_loc, items, counts, tiling=tiling, sliding_window=window)
 
 
-def _plan_attention_fake(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_attention_fake(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
     return _plan_buffers(_tiling(geometry, seq_lens.shape[0], seq_lens.device), seq_lens)
 
 
 def _attention_outputs(call: _Attention, return_lse: bool) -> tuple[Tensor, Tensor]:
     query = call.query
-    dtype = query.dtype if query.dtype in _FLOAT_DTYPES else torch.bfloat16
-    out = query.new_empty((query.shape[0], query.shape[1], _head_size(call.value_cache)), dtype=dtype)
+    dtype = query.dtype if query.dtype in FLOAT_DTYPES else torch.bfloat16
+    out = query.new_empty((query.shape[0], query.shape[1], cache_head_size(call.value_cache)), dtype=dtype)
     return out, query.new_empty(query.shape[:2] if return_lse else (0, 0), dtype=torch.float32)
 
 
@@ -458,16 +353,17 @@ def _check_attention_out(*args: Any) -> None:
     call, out, lse = _Attention(*args[:-2]), args[-2], args[-1]
     _check_attention(call)
     query = call.query
-    _check_rows("out", out, query.device, _FLOAT_DTYPES, tokens=query.shape[0])
-    shape = (*query.shape[:2], _head_size(call.value_cache))
+    check_rows("out", out, query.device, FLOAT_DTYPES, tokens=query.shape[0])
+    shape = (*query.shape[:2], cache_head_size(call.value_cache))
     if out.shape != shape:
-        _fail("out", out, f"{list(shape)}")
-    if query.dtype in _FLOAT_DTYPES and out.dtype != query.dtype:
-        _fail("out", out, f"{query.dtype} like query")
+        fail("out", out, f"{list(shape)}, as query and the head size of value_cache ask for")
+    if query.dtype in FLOAT_DTYPES and out.dtype != query.dtype:
+        fail("out", out, f"{query.dtype} like query")
     if lse is not None:
         fits = lse.shape == query.shape[:2] and lse.dtype == torch.float32 and lse.is_contiguous()
         if not fits or lse.device != query.device:
-            _fail("lse", lse, f"contiguous float32 {list(query.shape[:2])} on {query.device}")
+            fail("lse", lse, f"contiguous float32 {list(query.shape[:2])} on {query.device}")
+    require_no_grad(out=out, lse=lse)
 
 
 def _attend(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
@@ -489,28 +385,20 @@ def _options(call: _Attention) -> AttentionOptions:
 
 
 def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
-    from pagedattn.kernels.attention import PreparedAttention
-
-    query, key_cache, value_cache, num_seqs = call.query, call.key_cache, call.value_cache, call.seq_lens.shape[0]
-    sizes = (query.shape[1], key_cache.shape[2], query.shape[2], out.shape[2], call.max_query_len, call.max_seq_len)
-    plan = call.plan
-    if plan is None:
-        arguments = (*sizes, call.sliding_window, call.batch_invariant)
-        plan = list(_plan_attention(call.seq_lens, call.query_start_loc, *arguments))
-    tiling = _cached_tiling(_Geometry(*sizes, call.batch_invariant), num_seqs, query.device)
-    if len(plan) != 3 or not _fits_plan(tiling, query.device, *plan):
-        _fail("plan", plan[0], f"made for these {num_seqs} sequences and this geometry")
-    fingerprint = _fingerprint(call, (*map(_metadata, plan),), out, lse)
-    prepared = _prepared.get(fingerprint)
-    if prepared is None:
-        prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, _options(call), out, lse)
-        _remember(fingerprint, prepared)
-    prepared(*call[:4], call.query_start_loc, plan, *call[13:19], out, lse)
+    if call.plan is None:
+        sizes = (call.query.shape[1], call.key_cache.shape[2], call.query.shape[2], out.shape[2])
+        arguments = (*sizes, call.max_query_len, call.max_seq_len, call.sliding_window, call.batch_invariant)
+        call = call._replace(plan=list(_plan_attention(call.seq_lens, call.query_start_loc, *arguments)))
+    _run_attention(_prepare_attention(call, out, lse), call, out, lse)
 
 
-# --- the way of eager calls that were seen before ---------------------------------------------------------------------
+def _run_attention(prepared: Any, call: _Attention, out: Tensor, lse: Tensor | None) -> None:
+    prepared(*call[:4], call.plan, *call[13:19], out, lse)
 
-MAX_PREPARED = 4096  # calls remembered; a decode loop makes a new one each time that a bound or a batch size changes
+
+# --- what calls prepare, remembered by their metadata -----------------------------------------------------------------
+
+MAX_PREPARED = 4096
 _prepared: dict[Any, Any] = {}
 
 
@@ -520,58 +408,38 @@ def _remember(fingerprint: tuple[Any, ...], prepared: Any) -> None:
     _prepared[fingerprint] = prepared
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Nothing has to see the op: no compiler, mode, transform or profiler, and an ordinary tensor."""
-    return (
-        tensor.__class__ is Tensor
-        and tensor.is_cuda
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._autograd._profiler_enabled()
-        and not CHECK_VALUES
-    )
-
-
-def _records_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def _metadata(tensor: Tensor | None) -> Any:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
 
 
-def _fingerprint(call: _Attention | tuple[Any, ...], plan: Any, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
-    """All that the checks and the launch depend on. What passed once passes again. plan: its tensors' metadata."""
-    query, key_cache, value_cache, block_table, seq_lens, query_start_loc = call[:6]
-    return (
-        call[6:13], call[20], plan, lse is None,
-        query.shape, query.stride(), query.dtype, query.get_device(),
-        key_cache.shape, key_cache.stride(), key_cache.dtype, key_cache.get_device(),
-        value_cache.shape, value_cache.stride(), value_cache.dtype, value_cache.get_device(),
-        block_table.shape, block_table.stride(), block_table.dtype, block_table.get_device(),
-        seq_lens.shape, seq_lens.stride(), seq_lens.dtype, seq_lens.get_device(),
-        query_start_loc.shape, query_start_loc.stride(), query_start_loc.dtype, query_start_loc.get_device(),
-        out.shape, out.stride(), out.dtype, out.get_device(),
-        (*map(_metadata, call[13:19]),),
-    )  # fmt: skip
+def _prepare_attention(call: _Attention, out: Tensor, lse: Tensor | None) -> Any:
+    """The launch of a checked call with a plan."""
+    from pagedattn.kernels.attention import PreparedAttention
+
+    query, key_cache, value_cache, num_seqs, plan = *call[:3], call.seq_lens.shape[0], call.plan
+    sizes = (query.shape[1], key_cache.shape[2], query.shape[2], out.shape[2], call.max_query_len, call.max_seq_len)
+    tiling = _cached_tiling(_Geometry(*sizes, call.batch_invariant), num_seqs, query.device)
+    if plan is None or len(plan) != 2 or not _fits_plan(tiling, query.device, *plan):
+        fail("plan", plan and plan[0], f"made for these {num_seqs} sequences and this geometry")
+    fingerprint = (call[6:13], call.batch_invariant, *map(_metadata, (*call[:6], *plan, *call[13:19], out, lse)))
+    prepared = _prepared.get(fingerprint)
+    if prepared is None:
+        prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, _options(call), out, lse)
+        _remember(fingerprint, prepared)
+    return prepared
 
 
-def _attend_again(
-    call: tuple[Any, ...], plan: AttentionPlan, out: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None] | None:
-    """Run a call whose like has passed all checks before; None if there was none."""
-    query, value_cache = call[0], call[2]
-    device, shape = query.device, query.shape
-    if out is None:
-        dtype = query.dtype if query.dtype in _FLOAT_DTYPES else torch.bfloat16
-        out = torch.empty((*shape[:2], _head_size(value_cache)), dtype=dtype, device=device)
-    lse = torch.empty(shape[:2], dtype=torch.float32, device=device) if return_lse else None
-    prepared = _prepared.get(_fingerprint(call, plan.metadata, out, lse))
-    if prepared is None or _records_grad(*call[:3], call[13], call[14], out):
-        return None
-    prepared(*call[:4], call[5], call[19], *call[13:19], out, lse)
-    return out, lse
+def _prepare_append(tensors: tuple[Any, ...], interleaved: bool) -> Any:
+    """tensors: query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale."""
+    from pagedattn.kernels.cache import PreparedAppend
+
+    query, key, value, cos_sin, _, key_cache, value_cache, _, k_scale, v_scale = tensors
+    fingerprint = (interleaved, *map(_metadata, tensors))
+    prepared = _prepared.get(fingerprint)
+    if prepared is None:
+        prepared = PreparedAppend(query, key, value, cos_sin, key_cache, value_cache, k_scale, v_scale, interleaved)
+        _remember(fingerprint, prepared)
+    return prepared
 
 
 def _append_kv(
@@ -591,33 +459,8 @@ def _append_kv(
     if not _uses_triton(key):
         cache_reference.append_kv(key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
-    _append_triton((None, key, value, None, None, key_cache, value_cache, slot_mapping, k_scale, v_scale), False)
-
-
-def _append_triton(tensors: tuple[Any, ...], interleaved: bool) -> None:
-    """tensors: query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale."""
-    from pagedattn.kernels.cache import PreparedAppend
-
-    query, key, value, cos_sin, _, key_cache, value_cache, _, k_scale, v_scale = tensors
-    fingerprint = _append_fingerprint(tensors, interleaved)
-    prepared = _prepared.get(fingerprint)
-    if prepared is None:
-        prepared = PreparedAppend(query, key, value, cos_sin, key_cache, value_cache, k_scale, v_scale, interleaved)
-        _remember(fingerprint, prepared)
-    prepared(*tensors)
-
-
-def _append_fingerprint(tensors: tuple[Any, ...], interleaved: bool) -> tuple[Any, ...]:
-    return (interleaved, *map(_metadata, tensors))
-
-
-def _append_again(tensors: tuple[Any, ...], interleaved: bool) -> bool:
-    """Run an append whose like has passed all checks before; False if there was none."""
-    prepared = _prepared.get(_append_fingerprint(tensors, interleaved))
-    if prepared is None or _records_grad(tensors[0], tensors[1], tensors[2], tensors[5], tensors[6]):
-        return False
-    prepared(*tensors)
-    return True
+    tensors = (None, key, value, None, None, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    _prepare_append(tensors, False)(*tensors)
 
 
 def _check_rope(
@@ -634,18 +477,18 @@ def _check_rope(
     v_scale: Tensor | None,
 ) -> None:
     _check_append(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
-    _check_rows("query", query, key.device, (key.dtype,), tokens=key.shape[0])
+    check_rows("query", query, key.device, (key.dtype,), tokens=key.shape[0])
     if query.shape[2] != key.shape[2]:
-        _fail("query", query, f"of head size {key.shape[2]} like key")
-    _check_index("positions", positions, torch.int64, 1, key.device, key.shape[0])
+        fail("query", query, f"of head size {key.shape[2]} like key")
+    check_index("positions", positions, torch.int64, 1, key.device, key.shape[0])
     fits = cos_sin.dim() == 2 and cos_sin.shape[1] % 2 == 0 and 2 <= cos_sin.shape[1] <= key.shape[2]
     if not fits or cos_sin.dtype != torch.float32:
-        _fail("cos_sin", cos_sin, f"float32 [:, even and <= {key.shape[2]}]")
+        fail("cos_sin", cos_sin, f"float32 [:, even and <= {key.shape[2]}]")
     if cos_sin.device != key.device:
-        _fail("cos_sin", cos_sin, f"on {key.device}")
+        fail("cos_sin", cos_sin, f"on {key.device}")
     if cos_sin.stride(1) != 1:
-        _fail("cos_sin", cos_sin.stride(), "contiguous in its last dimension")
-    _require_no_grad(query=query)
+        fail("cos_sin", cos_sin.stride(), "contiguous in its last dimension")
+    require_no_grad(query=query, cos_sin=cos_sin)
 
 
 def _rope_append_kv(
@@ -668,7 +511,7 @@ def _rope_append_kv(
         _check_slot_values(slot_mapping, key_cache)
         bad = positions[(positions < 0) | (positions >= cos_sin.shape[0])].tolist()
         if bad:
-            _fail("positions", bad[:4], f"within 0..{cos_sin.shape[0] - 1}")
+            fail("positions", bad[:4], f"within 0..{cos_sin.shape[0] - 1}")
     if not key.shape[0]:
         return
     if not _uses_triton(key):
@@ -678,32 +521,53 @@ def _rope_append_kv(
         )  # fmt: skip
         return
     tensors = (query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale)
-    _append_triton(tensors, interleaved)
+    _prepare_append(tensors, interleaved)(*tensors)
 
 
 def _check_copy(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
     pairs = (("dst_key", dst_key, "src_key", src_key), ("dst_value", dst_value, "src_value", src_value))
     for name, destination, source_name, source in pairs:
         if source.dim() < 2:
-            _fail(source_name, source, "[num_blocks, ...]")
+            fail(source_name, source, "[num_blocks, ...]")
         fits = destination.shape[1:] == source.shape[1:] and destination.dtype == source.dtype
         if not fits:
-            _fail(name, destination, f"{source.dtype} with blocks of {list(source.shape[1:])} like {source_name}")
+            fail(name, destination, f"{source.dtype} with blocks of {list(source.shape[1:])} like {source_name}")
     fits = block_mapping.dim() == 2 and block_mapping.shape[1] == 2 and block_mapping.dtype == torch.int64
     if not fits:
-        _fail("block_mapping", block_mapping, "int64 [:, 2]")
-    _require_no_grad(src_key=src_key, src_value=src_value, dst_key=dst_key, dst_value=dst_value)
+        fail("block_mapping", block_mapping, "int64 [:, 2]")
+    require_no_grad(src_key=src_key, src_value=src_value, dst_key=dst_key, dst_value=dst_value)
 
 
 def _copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
     _check_copy(src_key, src_value, dst_key, dst_value, block_mapping)
     if CHECK_VALUES:
-        for column, cache in ((0, src_key), (1, dst_key)):
-            ids = block_mapping[:, column]
-            bad = ids[(ids < 0) | (ids >= cache.shape[0])].tolist()
-            if bad:
-                _fail("block_mapping", bad[:4], f"block ids within 0..{cache.shape[0] - 1} in column {column}")
+        for column, caches in enumerate(((src_key, src_value), (dst_key, dst_value))):
+            check_block_ids("block_mapping", block_mapping[:, column], min(len(cache) for cache in caches))
+    if not block_mapping.shape[0]:
+        return
+    if _crosses_mapped_memory(src_key, src_value, dst_key, dst_value):
+        from pagedattn.kernels import copy
+
+        if not block_mapping.is_cuda:
+            device = src_key.device if src_key.is_cuda else dst_key.device
+            block_mapping = block_mapping.pin_memory().to(device, non_blocking=True)
+        copy.copy_blocks(src_key, src_value, dst_key, dst_value, block_mapping)
+        return
     cache_reference.copy_blocks(src_key, src_value, dst_key, dst_value, block_mapping)
+
+
+def _crosses_mapped_memory(*caches: Tensor) -> bool:
+    """Whether of [src_key, src_value, dst_key, dst_value] one side is a GPU's and the other is pinned in the host."""
+    src_key, src_value, dst_key, dst_value = caches
+    if (
+        src_key.is_cuda == dst_key.is_cuda
+        or src_key.is_cuda != src_value.is_cuda
+        or dst_key.is_cuda != dst_value.is_cuda
+    ):
+        return False
+    return src_key.shape[1:3] == src_value.shape[1:3] and all(
+        cache.dim() == 4 and cache.stride(3) == 1 and (cache.is_cuda or cache.is_pinned()) for cache in caches
+    )
 
 
 def _check_gather(
@@ -716,12 +580,12 @@ def _check_gather(
     v_scale: Tensor | None,
 ) -> None:
     device = key_cache.device
-    _check_caches(key_cache, value_cache, device)
-    _check_index("seq_lens", seq_lens, torch.int32, 1, device)
-    _check_index("block_table", block_table, torch.int32, 2, device, seq_lens.shape[0])
-    _require_int("max_seq_len", max_seq_len)
-    _check_cache_scales(key_cache, k_scale, v_scale)
-    _require_no_grad(key_cache=key_cache, value_cache=value_cache)
+    check_caches(key_cache, value_cache, device)
+    check_index("seq_lens", seq_lens, torch.int32, 1, device)
+    check_index("block_table", block_table, torch.int32, 2, device, seq_lens.shape[0])
+    require_int("max_seq_len", max_seq_len)
+    check_cache_scales(key_cache, k_scale, v_scale)
+    require_no_grad(key_cache=key_cache, value_cache=value_cache, k_scale=k_scale, v_scale=v_scale)
 
 
 def _gather_kv_fake(
@@ -738,16 +602,16 @@ def _gather_kv_fake(
     dtype = _gathered_dtype(key_cache, dtype)
     rows = (seq_lens.shape[0], max_seq_len, key_cache.shape[2])
     return (
-        key_cache.new_empty((*rows, _head_size(key_cache)), dtype=dtype),
-        value_cache.new_empty((*rows, _head_size(value_cache)), dtype=dtype),
+        key_cache.new_empty((*rows, cache_head_size(key_cache)), dtype=dtype),
+        value_cache.new_empty((*rows, cache_head_size(value_cache)), dtype=dtype),
     )
 
 
 def _gathered_dtype(key_cache: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         dtype = torch.bfloat16 if key_cache.dtype in LARGEST else key_cache.dtype
-    if dtype not in _FLOAT_DTYPES:
-        _fail("dtype", dtype, "torch.float16, torch.bfloat16 or torch.float32")
+    if dtype not in FLOAT_DTYPES:
+        fail("dtype", dtype, "torch.float16, torch.bfloat16 or torch.float32")
     return dtype
 
 
@@ -764,8 +628,9 @@ def _gather_kv(
     _check_gather(key_cache, value_cache, block_table, seq_lens, max_seq_len, k_scale, v_scale)
     if CHECK_VALUES:
         reach = min(max_seq_len, block_table.shape[1] * key_cache.shape[1])
-        if not bool((seq_lens <= reach).all()):
-            _fail("seq_lens", seq_lens.tolist(), f"at most {reach}")
+        if not bool(((seq_lens >= 0) & (seq_lens <= reach)).all()):
+            fail("seq_lens", seq_lens.tolist(), f"within 0..{reach}")
+        _check_table_values(block_table, seq_lens, key_cache)
     return cache_reference.gather_kv(
         key_cache, value_cache, block_table, seq_lens,
         max_seq_len=max_seq_len, k_scale=k_scale, v_scale=v_scale, dtype=_gathered_dtype(key_cache, dtype),
@@ -773,18 +638,18 @@ def _gather_kv(
 
 
 def _merge_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    if out_a.dim() != 3 or out_a.dtype not in _FLOAT_DTYPES:
-        _fail("out_a", out_a, "fp16, bf16 or fp32 [T, Hq, Dv]")
+    if out_a.dim() != 3 or out_a.dtype not in FLOAT_DTYPES:
+        fail("out_a", out_a, "fp16, bf16 or fp32 [T, Hq, Dv]")
     if out_b.shape != out_a.shape or out_b.dtype != out_a.dtype:
-        _fail("out_b", out_b, f"{_describe(out_a)} like out_a")
+        fail("out_b", out_b, f"{describe(out_a)} like out_a")
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         fits = lse.shape == out_a.shape[:2] and lse.dtype == torch.float32
         if not fits:
-            _fail(name, lse, f"float32 {list(out_a.shape[:2])}")
+            fail(name, lse, f"float32 {list(out_a.shape[:2])}")
     for name, tensor in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         if tensor.device != out_a.device:
-            _fail(name, tensor, f"on {out_a.device}")
-    _require_no_grad(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+            fail(name, tensor, f"on {out_a.device}")
+    require_no_grad(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return torch.empty_like(out_a, memory_format=torch.contiguous_format), lse_a.new_empty(lse_a.shape)
 
 
@@ -818,13 +683,13 @@ _PLAN = (
 )
 _register(
     "plan_attention",
-    f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor)",
     _plan_attention,
     _plan_attention_fake,
 )
 _register(
     "plan_attention.out",
-    f"(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) items, Tensor(b!) merges, Tensor(c!) counts, {_PLAN}) -> ()",
+    f"(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) items, Tensor(b!) counts, {_PLAN}) -> ()",
     _plan_attention_out,
     lambda *args: None,
 )
@@ -894,7 +759,6 @@ class AttentionPlan:
     """
 
     items: Tensor
-    merges: Tensor
     counts: Tensor
     geometry: tuple[Any, ...]
 
@@ -904,12 +768,7 @@ class AttentionPlan:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.items, self.merges, self.counts]
-
-    @cached_property
-    def metadata(self) -> tuple[Any, ...]:
-        """Shapes, strides, dtypes and devices of the tensors."""
-        return (*map(_metadata, self.tensors),)
+        return [self.items, self.counts]
 
 
 GEOMETRY = (
@@ -948,30 +807,82 @@ def plan_attention(
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
-    _require_tensor("seq_lens", seq_lens)
-    _require_tensor("query_start_loc", query_start_loc)
+    require_tensor("seq_lens", seq_lens)
+    require_tensor("query_start_loc", query_start_loc)
     for name, given in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("block_size", block_size)):
-        _require_int(name, given, minimum=1)
-    _require_int("head_size", head_size)
-    _require_int("head_size_v", head_size_v, optional=True)
-    _require_int("max_query_len", max_query_len)
-    _require_int("max_seq_len", max_seq_len)
-    _require_int("sliding_window", sliding_window, minimum=1, optional=True)
-    _require_bool("batch_invariant", batch_invariant)
+        require_int(name, given, minimum=1)
+    require_int("head_size", head_size)
+    require_int("head_size_v", head_size_v, optional=True)
+    require_int("max_query_len", max_query_len)
+    require_int("max_seq_len", max_seq_len)
+    require_int("sliding_window", sliding_window, minimum=1, optional=True)
+    require_bool("batch_invariant", batch_invariant)
     head_size_v = head_size if head_size_v is None else head_size_v
     sizes = (num_heads, num_kv_heads, head_size, head_size_v)
     bounds = (max_query_len, max_seq_len, sliding_window, batch_invariant)
     geometry, arguments = (*sizes, block_size, *bounds), (*sizes, *bounds)
     if out is None:
         tensors = torch.ops.pagedattn.plan_attention.default(seq_lens, query_start_loc, *arguments)
-        items, merges, counts = tensors
-        return AttentionPlan(items, merges, counts, geometry)
+        items, counts = tensors
+        return AttentionPlan(items, counts, geometry)
     if not isinstance(out, AttentionPlan):
         raise TypeError(f"out: got {type(out).__name__}; must be an AttentionPlan or None")
     if out.geometry != geometry:
         raise ValueError(f"out: got a plan for ({GEOMETRY}) = {out.geometry}; must be for {geometry}")
     torch.ops.pagedattn.plan_attention.out(seq_lens, query_start_loc, *out.tensors, *arguments)
     return out
+
+
+class _SeenAttention(NamedTuple):
+    """A call of ``paged_attention`` that has passed all checks, to be made again on other tensors of its like."""
+
+    prepared: Any
+    shape: torch.Size  # of the output
+    dtype: torch.dtype
+    resembles_query: bool  # then it is cheaper to allocate
+    return_lse: bool
+
+    def __call__(self, tensors: tuple[Tensor, ...], optional: tuple[Tensor | None, ...]) -> Any:
+        query, key_cache, value_cache, block_table, _, _, *plan = tensors[:8]
+        *features, out = optional
+        if out is None:
+            out = torch.empty_like(query) if self.resembles_query else query.new_empty(self.shape, dtype=self.dtype)
+        lse = query.new_empty(self.shape[:2], dtype=torch.float32) if self.return_lse else None
+        self.prepared(query, key_cache, value_cache, block_table, plan, *features, out, lse)
+        return out if lse is None else (out, lse)
+
+
+_seen_attention: SeenCalls[_SeenAttention] = SeenCalls()
+
+
+def _check_attention_types(
+    batch: tuple[Any, ...], numbers: tuple[Any, ...], optional: tuple[Any, ...], plan: Any
+) -> None:
+    """The types of ``paged_attention``'s arguments, and the ranks without which they have no shape to speak of."""
+    query, key_cache, value_cache, block_table, *_ = batch
+    for name, given in zip(_Attention._fields[:6], batch, strict=True):
+        require_tensor(name, given)
+    for name, given, shape in (
+        ("query", query, "[T, Hq, D]"),
+        ("key_cache", key_cache, "[N, S, Hkv, D]"),
+        ("value_cache", value_cache, "[N, S, Hkv, Dv]"),
+        ("block_table", block_table, "int32 [B, max_blocks]"),
+    ):
+        if given.ndim != shape.count(",") + 1:
+            fail(name, given, shape)
+    for name, given in zip((*_Attention._fields[13:19], "out"), optional, strict=True):
+        require_tensor(name, given, optional=True)
+    if plan is not None and not isinstance(plan, AttentionPlan):
+        raise TypeError(f"plan: got {type(plan).__name__}; must be an AttentionPlan or None")
+    max_query_len, max_seq_len, scale, causal, sliding_window, attention_chunk, softcap, return_lse = numbers
+    require_number("scale", scale)
+    require_number("softcap", softcap, positive=True)
+    require_int("max_query_len", max_query_len)
+    require_int("max_seq_len", max_seq_len, optional=True)
+    require_int("sliding_window", sliding_window, optional=True)
+    require_int("attention_chunk", attention_chunk, optional=True)
+    require_bool("causal", causal)
+    require_bool("return_lse", return_lse)
 
 
 @overload
@@ -1056,76 +967,74 @@ def paged_attention(
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
 
-    def check_types() -> None:
-        tensors = dict(
-            zip(
-                _Attention._fields,
-                (query, key_cache, value_cache, block_table, seq_lens, query_start_loc),
-                strict=False,
-            )
-        )
-        for name, given in tensors.items():
-            _require_tensor(name, given)
-        for name, shape in (
-            ("query", "[T, Hq, D]"),
-            ("key_cache", "[N, S, Hkv, D]"),
-            ("value_cache", "[N, S, Hkv, Dv]"),
-        ):
-            if tensors[name].ndim != shape.count(",") + 1:
-                _fail(name, tensors[name], shape)
-        if block_table.ndim != 2:
-            _fail("block_table", block_table, "int32 [B, max_blocks]")
-        features = {"alibi_slopes": alibi_slopes, "sinks": sinks, "q_scale": q_scale, "k_scale": k_scale}
-        features |= {"v_scale": v_scale, "tree_mask": tree_mask, "out": out}
-        for name, feature in features.items():
-            _require_tensor(name, feature, optional=True)
-        if plan is not None and not isinstance(plan, AttentionPlan):
-            raise TypeError(f"plan: got {type(plan).__name__}; must be an AttentionPlan or None")
-        _require_number("scale", scale)
-        _require_number("softcap", softcap, positive=True)
-        _require_int("max_query_len", max_query_len)
-        sizes = {"max_seq_len": max_seq_len, "sliding_window": sliding_window, "attention_chunk": attention_chunk}
-        for name, size in sizes.items():
-            _require_int(name, size, optional=True)
-        _require_bool("causal", causal)
-        _require_bool("return_lse", return_lse)
-
-    # The dispatcher checks types anyway, and on a decode's critical path once is enough. What it reports does not name
-    # the argument in our terms, so then, and for bool in an int's place, which it takes, types are checked again here.
-    numbers: tuple[type, ...] = (type(max_query_len), type(max_seq_len), type(sliding_window), type(attention_chunk))
-    if (
-        bool in (*numbers, type(scale), type(softcap))
-        or float in numbers
-        or type(causal) is not bool
-        or type(return_lse) is not bool
-    ):
-        check_types()
+    batch = (query, key_cache, value_cache, block_table, seq_lens, query_start_loc)
+    numbers = (max_query_len, max_seq_len, scale, causal, sliding_window, attention_chunk, softcap, return_lse)
+    optional = (alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask, out)
+    key: tuple[Any, ...] | None = None
+    tensors: tuple[Any, ...] = ()
     try:
+        if plan is not None and not CHECK_VALUES and not torch.compiler.is_compiling():
+            key = (plan.geometry, query.shape, numbers, (*map(type, numbers + optional),))
+            given = [tensor for tensor in optional if tensor is not None]
+            tensors = (*batch, plan.items, plan.counts, *given)
+            seen = _seen_attention.find(key, tensors)
+            if seen is not None:
+                return seen(tensors, optional)
+        if bool in map(type, numbers[:3] + numbers[4:7]) or type(causal) is not bool or type(return_lse) is not bool:
+            _check_attention_types(batch, numbers, optional, plan)  # the dispatcher takes a bool for an int
         bound = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.geometry[6]
-        arguments = (
-            query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len,
-            bound if max_seq_len is None else max_seq_len, query.shape[2] ** -0.5 if scale is None else scale, causal,
-            sliding_window, attention_chunk, softcap, alibi_slopes, sinks, q_scale, k_scale, v_scale, tree_mask,
-            None if plan is None else plan.tensors, plan is not None and plan.batch_invariant,
+        call = _Attention(
+            *batch, max_query_len, bound if max_seq_len is None else max_seq_len,
+            query.shape[2] ** -0.5 if scale is None else scale, causal, sliding_window, attention_chunk, softcap,
+            *optional[:6], None if plan is None else plan.tensors, plan is not None and plan.batch_invariant,
         )  # fmt: skip
         if plan is not None and plan.geometry[:8] != (
-            query.shape[1], key_cache.shape[2], query.shape[2], _head_size(value_cache), key_cache.shape[1],
-            max_query_len, arguments[7], sliding_window,
+            query.shape[1], key_cache.shape[2], query.shape[2], cache_head_size(value_cache), key_cache.shape[1],
+            max_query_len, call.max_seq_len, sliding_window,
         ):  # fmt: skip
             raise ValueError(f"plan: got one for ({GEOMETRY}) = {plan.geometry}; must be for this call's")
-        if plan is not None and not torch.compiler.is_compiling() and _is_plain(query):
-            again = _attend_again(arguments, plan, out, return_lse)
-            if again is not None:
-                return again if return_lse else again[0]  # type: ignore[return-value]
+        lse = None
         if out is None:
-            result, result_lse = torch.ops.pagedattn.paged_attention.default(*arguments, return_lse)
-            return (result, result_lse) if return_lse else result
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if return_lse else None
-        torch.ops.pagedattn.paged_attention.out(*arguments, out, lse)
-        return out if lse is None else (out, lse)
+            result, result_lse = torch.ops.pagedattn.paged_attention.default(*call, return_lse)
+            lse = result_lse if return_lse else None
+        else:
+            result = out
+            lse = query.new_empty(query.shape[:2], dtype=torch.float32) if return_lse else None
+            torch.ops.pagedattn.paged_attention.out(*call, out, lse)
     except (AttributeError, IndexError, RuntimeError, TypeError):
-        check_types()
+        # The dispatcher checks types, and once is enough; but it does not name the argument in our terms.
+        _check_attention_types(batch, numbers, optional, plan)
         raise
+    if key is not None and _uses_triton(query) and result.numel():
+        prepared = _prepare_attention(call, result, lse)
+        resembles_query = query.is_contiguous() and (result.shape, result.dtype) == (query.shape, query.dtype)
+        seen = _SeenAttention(prepared, result.shape, result.dtype, resembles_query, return_lse)
+        _seen_attention.add(key, tensors, seen)
+    return result if lse is None else (result, lse)
+
+
+_seen_appends: SeenCalls[Any] = SeenCalls()
+
+
+def _append_key(tensors: tuple[Any, ...], interleaved: bool, rotary_dim: int | None) -> tuple[Any, ...]:
+    return (getattr(tensors[1], "shape", None), interleaved, rotary_dim, *map(type, tensors))
+
+
+def _append_again(tensors: tuple[Any, ...], interleaved: bool = False, rotary_dim: int | None = None) -> bool:
+    """Make an append again whose like has passed all checks; False if none has. tensors: as ``_prepare_append``'s."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    prepared = _seen_appends.find(_append_key(tensors, interleaved, rotary_dim), given)
+    if prepared is None or CHECK_VALUES:
+        return False
+    prepared(*tensors)
+    return True
+
+
+def _remember_append(tensors: tuple[Any, ...], interleaved: bool = False, rotary_dim: int | None = None) -> None:
+    if tensors[1].shape[0] and _uses_triton(tensors[1]):
+        given = [tensor for tensor in tensors if tensor is not None]
+        key = _append_key(tensors, interleaved, rotary_dim)
+        _seen_appends.add(key, given, _prepare_append(tensors, interleaved))
 
 
 def append_kv(
@@ -1150,16 +1059,17 @@ def append_kv(
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
+    tensors = (None, key, value, None, None, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    if not torch.compiler.is_compiling() and _append_again(tensors):
+        return
     for name, given in (("key", key), ("value", value), ("key_cache", key_cache), ("value_cache", value_cache)):
-        _require_tensor(name, given)
-    _require_tensor("slot_mapping", slot_mapping)
-    _require_tensor("k_scale", k_scale, optional=True)
-    _require_tensor("v_scale", v_scale, optional=True)
-    if not torch.compiler.is_compiling() and _is_plain(key):
-        tensors = (None, key, value, None, None, key_cache, value_cache, slot_mapping, k_scale, v_scale)
-        if _append_again(tensors, False):
-            return
+        require_tensor(name, given)
+    require_tensor("slot_mapping", slot_mapping)
+    require_tensor("k_scale", k_scale, optional=True)
+    require_tensor("v_scale", v_scale, optional=True)
     torch.ops.pagedattn.append_kv.default(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    if not torch.compiler.is_compiling():
+        _remember_append(tensors)
 
 
 def rope_append_kv(
@@ -1192,6 +1102,12 @@ def rope_append_kv(
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
+    require_bool("interleaved", interleaved)
+    if rotary_dim is not None:
+        require_int("rotary_dim", rotary_dim, minimum=2)
+    tensors = (query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    if not torch.compiler.is_compiling() and _append_again(tensors, interleaved, rotary_dim):
+        return
     for name, given in (
         ("query", query),
         ("key", key),
@@ -1202,37 +1118,37 @@ def rope_append_kv(
         ("value_cache", value_cache),
         ("slot_mapping", slot_mapping),
     ):
-        _require_tensor(name, given)
-    _require_tensor("k_scale", k_scale, optional=True)
-    _require_tensor("v_scale", v_scale, optional=True)
-    _require_bool("interleaved", interleaved)
-    if rotary_dim is not None:
-        _require_int("rotary_dim", rotary_dim, minimum=2)
-        if cos_sin.dim() != 2 or rotary_dim != cos_sin.shape[1]:
-            _fail("rotary_dim", rotary_dim, "cos_sin.shape[1]")
-    if not torch.compiler.is_compiling() and _is_plain(key):
-        tensors = (query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, k_scale, v_scale)
-        if _append_again(tensors, interleaved):
-            return
+        require_tensor(name, given)
+    require_tensor("k_scale", k_scale, optional=True)
+    require_tensor("v_scale", v_scale, optional=True)
+    if rotary_dim is not None and (cos_sin.dim() != 2 or rotary_dim != cos_sin.shape[1]):
+        fail("rotary_dim", rotary_dim, "cos_sin.shape[1]")
     torch.ops.pagedattn.rope_append_kv.default(
         query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping, interleaved, k_scale, v_scale
     )
+    if not torch.compiler.is_compiling():
+        _remember_append(tensors, interleaved, rotary_dim)
 
 
 def copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
     """Copy whole blocks between caches, on one device or across; everything is read before anything is written.
 
+    Between a GPU and pinned memory of the host, caches of four dimensions, this enqueues on the current stream and does
+    not wait: run it on a side stream, and wait for an event before the host, or another stream, reads the result or
+    frees its memory. To and from other memory of the host it synchronizes.
+
     Args:
         src_key, src_value: caches [N, ...] to read.
         dst_key, dst_value: caches [M, ...] with blocks of the same shape and dtype, written in place; may be the
-        sources. block_mapping: int64 [P, 2] of (source block, destination block). Destinations must not repeat.
+            sources.
+        block_mapping: int64 [P, 2] of (source block, destination block). Destinations must not repeat.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
     for name, given in (("src_key", src_key), ("src_value", src_value), ("dst_key", dst_key), ("dst_value", dst_value)):
-        _require_tensor(name, given)
-    _require_tensor("block_mapping", block_mapping)
+        require_tensor(name, given)
+    require_tensor("block_mapping", block_mapping)
     torch.ops.pagedattn.copy_blocks.default(src_key, src_value, dst_key, dst_value, block_mapping)
 
 
@@ -1261,11 +1177,11 @@ def gather_kv(
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
     for name, given in (("key_cache", key_cache), ("value_cache", value_cache), ("block_table", block_table)):
-        _require_tensor(name, given)
-    _require_tensor("seq_lens", seq_lens)
-    _require_tensor("k_scale", k_scale, optional=True)
-    _require_tensor("v_scale", v_scale, optional=True)
-    _require_int("max_seq_len", max_seq_len)
+        require_tensor(name, given)
+    require_tensor("seq_lens", seq_lens)
+    require_tensor("k_scale", k_scale, optional=True)
+    require_tensor("v_scale", v_scale, optional=True)
+    require_int("max_seq_len", max_seq_len)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: got {type(dtype).__name__}; must be a torch.dtype or None")
     return torch.ops.pagedattn.gather_kv.default(
@@ -1289,5 +1205,5 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
     for name, given in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-        _require_tensor(name, given)
+        require_tensor(name, given)
     return torch.ops.pagedattn.merge_attention_states.default(out_a, lse_a, out_b, lse_b)

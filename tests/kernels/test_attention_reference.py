@@ -1,4 +1,4 @@
-"""What only the reference has so far, each feature alone and several together, against the fp64 oracle."""
+"""The reference against the fp64 oracle, each feature alone and several together, and what it keeps in memory."""
 
 from __future__ import annotations
 
@@ -141,3 +141,25 @@ def test_working_memory_is_bounded() -> None:
             options=AttentionOptions(1.0), out=torch.empty_like(query), lse=torch.empty(64, 4),
         )  # fmt: skip
     assert largest.elements <= max(attention_reference.GATHERED, attention_reference.LOGITS)
+
+
+def test_what_is_kept_of_a_long_prefill_is_bounded() -> None:
+    """Masks and positions of 32k query tokens are more than is kept; what was not kept is made again, the same."""
+    visibility = attention_reference.Visibility(causal=True, sliding_window=None, attention_chunk=None)
+    batch = attention_reference.cut_batch((32_768,), (0, 32_768), 16, 8, 2 * 8 * 128, visibility)
+    needed = 0
+    for group in batch:
+        needed += group.num_bytes
+    assert batch.num_results == 32_768
+    assert needed > attention_reference.REMEMBERED >= batch.num_kept_bytes > 0
+    assert [group.rows[0].item() for group in batch] == sorted(range(0, 32_768, 256))
+
+
+def test_a_batch_too_large_to_keep_attends_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(6)
+    expected = attend(case)
+    for remembered in (0, 2000):
+        monkeypatch.setattr(attention_reference, "REMEMBERED", remembered)
+        attention_reference.cut_batch.cache_clear()
+        for _ in range(2):
+            assert all(torch.equal(ours, other) for ours, other in zip(attend(case), expected, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 import pagedattn
 from pagedattn.kernels import cache_reference
 from pagedattn.kernels.quantization import LARGEST, dequantize, quantize, token_scale
-from tests.device import DEVICE, DTYPES
+from tests.device import DEVICE, DTYPES, INTERPRETED, IS_CUDA
 from tests.kernels.cases import cache_layout
 
 
@@ -103,6 +105,60 @@ def test_rope_append(dtype: torch.dtype, interleaved: bool, rotary_dim: int) -> 
     assert torch.equal(key, original_key)
     assert_appended(key_cache.cpu().double(), expected[1], slots, atol=tolerance, rtol=0)
     assert_appended(value_cache, value, slots)
+
+
+@pytest.mark.parametrize(("size", "rotary_dim"), [(128, 80), (96, 96), (104, 96), (80, 6)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("cache", ["as dtype", torch.uint8], ids=str)
+def test_rotary_dims_that_are_no_powers_of_two(
+    size: int, rotary_dim: int, interleaved: bool, cache: torch.dtype | str
+) -> None:
+    """A rotation of each head, and an append of what it gives; several programs for the heads of one query."""
+    generator = torch.Generator().manual_seed(size)
+    key, value = torch.randn(2, 3, 2, size, generator=generator).to(DEVICE, torch.float32).unbind()
+    query = torch.randn(3, 24, size, generator=generator).to(DEVICE, torch.float32)
+    cos_sin = torch.randn(7, rotary_dim, generator=generator).to(DEVICE)
+    positions, slots = torch.tensor([6, 0, 3], device=DEVICE), torch.tensor([5, 0, 2], device=DEVICE)
+    dtype = torch.float32 if isinstance(cache, str) else cache
+    stored = size if isinstance(cache, str) else size // 2
+    caches, expected = torch.zeros(2, 2, 2, 3, 2, stored, device=DEVICE).to(dtype).unbind()
+    key_cache, value_cache = caches.unbind()
+    scales: Any = dict.fromkeys(("k_scale", "v_scale"), torch.full((), 0.3, device=DEVICE)) if stored != size else {}
+    rows = cos_sin[positions]
+    wanted = cache_reference.rotate(query, rows, interleaved)
+    rotated = cache_reference.rotate(key, rows, interleaved)
+    cache_reference.append_kv(rotated, value, expected[0], expected[1], slots, **scales)
+    pagedattn.rope_append_kv(
+        query, key, value, cos_sin, positions, key_cache, value_cache, slots, interleaved=interleaved, **scales
+    )
+    torch.testing.assert_close(query, wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(caches, expected)
+
+
+def test_no_rotation_is_an_append() -> None:
+    """A rotary dimension of 0 is refused by name; what it would mean is append_kv."""
+    query, key, value, key_cache, value_cache, slots = inputs(0, DTYPES[0], "NHD", 4)
+    positions = torch.zeros(len(key), dtype=torch.int64, device=DEVICE)
+    for width in (0, 26, 7):
+        with pytest.raises(ValueError, match=r"^cos_sin: "):
+            pagedattn.rope_append_kv(
+                query, key, value, torch.ones(1, width, device=DEVICE), positions, key_cache, value_cache, slots
+            )
+
+
+def test_choose_append_launch() -> None:
+    """Every head has a program, and with few tokens no program has many elements."""
+    pytest.importorskip("triton")
+    from pagedattn.kernels.cache import FEW_ELEMENTS, MANY_ELEMENTS, MANY_TOKENS, choose_append_launch
+
+    for num_tokens in (1, 256, MANY_TOKENS - 1, MANY_TOKENS, 8192):
+        limit = FEW_ELEMENTS if num_tokens < MANY_TOKENS else MANY_ELEMENTS
+        for heads, kv_heads, size in ((32, 8, 128), (9, 3, 64), (128, 1, 576), (1, 1, 8), (40, 40, 256)):
+            launch = choose_append_launch(num_tokens, heads, kv_heads, size)
+            for per_program, total in ((launch.heads, heads), (launch.kv_heads, kv_heads)):
+                assert per_program & (per_program - 1) == 0
+                assert 1 <= per_program < 2 * total
+                assert per_program == 1 or per_program * size <= limit
 
 
 def test_rope_append_rotates_queries_of_skipped_tokens() -> None:
@@ -262,6 +318,91 @@ def test_copy_of_values_that_share_the_keys_memory() -> None:
     before = key.clone()
     pagedattn.copy_blocks(key, key[..., :8], key, key[..., :8], torch.tensor([[0, 1], [1, 0]], device=DEVICE))
     assert torch.equal(key, before[[1, 0, 2, 3]])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the op takes this way by itself")
+@pytest.mark.parametrize(
+    ("layout", "to"), [("NHD", "NHD"), ("HND", "HND"), ("interleaved", "NHD"), ("HND", "interleaved")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
+def test_copy_in_one_launch(layout: str, to: str, dtype: torch.dtype) -> None:
+    """What runs between a GPU and pinned memory, with more chunks than programs, and ends of blocks that fill none."""
+    from pagedattn.kernels import copy
+
+    size = 600 * (2 if dtype == torch.uint8 else 1)
+    key, value = cache_layout(layout, 5, 4, 3, (size, size), dtype)
+    for cache in (key, value):
+        cache.copy_(torch.randint(0, 100, cache.shape))
+    copies = [t.zero_() for t in cache_layout(to, 5, 4, 3, (size, size), dtype)]
+    mapping = torch.tensor([[0, 4], [3, 3], [4, 0]])
+    copy.copy_blocks(key, value, copies[0], copies[1], mapping)
+    for source, target in zip((key, value), copies, strict=True):
+        assert torch.equal(target[[4, 3, 0]], source[[0, 3, 4]])
+        assert not target[[1, 2]].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_CUDA, reason="pinned memory needs a GPU")
+@pytest.mark.parametrize("mapping_device", ["cuda", "cpu"])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_copy_through_pinned_memory_on_a_side_stream(mapping_device: str, layout: str, dtype: torch.dtype) -> None:
+    """Out and back without a synchronization, while the stream is still busy with what came before."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, 16, 8, 128)
+    device_caches: list[Tensor] = []
+    host_caches: list[Tensor] = []
+    for _ in range(2):
+        bits = torch.randint(0, 100, shape, generator=generator, dtype=torch.uint8).to(DEVICE)
+        cache = bits.to(dtype) if dtype == torch.bfloat16 else bits.view(dtype)
+        host = torch.zeros(shape, dtype=dtype).pin_memory()
+        if layout == "HND":
+            cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+            host = torch.zeros(6, 8, 16, 128, dtype=dtype).pin_memory().transpose(1, 2)
+        device_caches.append(cache)
+        host_caches.append(host)
+    restored = [torch.zeros_like(cache) for cache in device_caches]
+    copy: Any = pagedattn.copy_blocks
+    out = torch.tensor([[5, 0], [1, 2], [2, 1]], device=mapping_device)
+    back = torch.tensor([[0, 5], [2, 1], [1, 2]], device=mapping_device)
+    copy(*device_caches, *host_caches, out)  # compile, and let the allocators have their memory
+    copy(*host_caches, *restored, back)
+    torch.cuda.synchronize()
+    for cache in (*host_caches, *restored):
+        cache.view(torch.uint8).zero_()
+    torch.cuda.synchronize()
+    stream, done = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            copy(*device_caches, *host_caches, out)
+            copy(*host_caches, *restored, back)
+            done.record()
+            was_busy = not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert was_busy
+    done.synchronize()
+    for cache, host, again in zip(device_caches, host_caches, restored, strict=True):
+        bits, host_bits, again_bits = (t.view(torch.uint8) for t in (cache, host, again))
+        assert torch.equal(host_bits[[0, 2, 1]], bits[[5, 1, 2]].cpu())
+        assert torch.equal(again_bits[[5, 1, 2]], bits[[5, 1, 2]])
+        assert not again_bits[[0, 3, 4]].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_CUDA, reason="copies between memories need a GPU")
+@pytest.mark.parametrize("pinned", [False, True])
+def test_copy_between_host_and_device_of_other_layouts(pinned: bool) -> None:
+    """In one launch where the host's memory is pinned, through staging where it is not."""
+    key, value = torch.randn(2, 4, 2, 3, 8, device=DEVICE).unbind()
+    host = [torch.zeros(4, 3, 2, 8).transpose(1, 2) for _ in range(2)]
+    host = [t.pin_memory() if pinned else t for t in host]
+    mapping = torch.tensor([[0, 3], [2, 1]], device=DEVICE)
+    pagedattn.copy_blocks(key, value, host[0], host[1], mapping)
+    assert torch.equal(host[0][[3, 1]], key[[0, 2]].cpu())
+    assert torch.equal(host[1][[3, 1]], value[[0, 2]].cpu())
 
 
 def test_merge_of_parts_is_the_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,21 @@ import pytest
 import torch
 
 from pagedattn.kernels.quantization import HEAD_SCALE, NO_SCALE, TENSOR_SCALE, TOKEN_SCALE
-from pagedattn.kernels.tiling import COARSE_CHUNK, COARSE_FROM, FINE_CHUNK, choose_launch, choose_tiling
+from pagedattn.kernels.tiling import (
+    CHUNK_ALIGNMENT,
+    COARSE_CHUNK,
+    COARSE_FROM,
+    FINE_CHUNK,
+    HOPPER_HALF_SHARED_MEMORY,
+    ITEM_FIELDS,
+    MIN_CHUNK,
+    MIN_SHARE,
+    SHARE_UNIT,
+    CacheRows,
+    choose_hopper_decode,
+    choose_launch,
+    choose_tiling,
+)
 from tests.device import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
@@ -106,7 +121,7 @@ def compile_attention(
         max_query_len=max_query_len,
         max_seq_len=8192,
         num_seqs=4,
-        programs=264,
+        multiprocessors=132,
         batch_invariant=variant.batch_invariant,
     )
     cache = variant.cache or dtype
@@ -124,7 +139,7 @@ def compile_attention(
     pointers |= dict.fromkeys(("key_ptr", "value_ptr"), stored)
     pointers |= dict.fromkeys(("lse_ptr", "partials_ptr", "alibi_slopes_ptr", "sinks_ptr"), "*fp32")
     pointers |= dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32") | {"tree_mask_ptr": "*u8"}
-    names = ("block_table_ptr", "items_ptr", "merges_ptr", "counts_ptr", "query_start_loc_ptr")
+    names = ("block_table_ptr", "items_ptr", "counts_ptr")
     pointers |= dict.fromkeys(names, "*i32") | dict.fromkeys(("logit_scale", "softcap_log2"), "fp32")
     constants = {flag: flag in variant.features for flag in FLAGS} | {
         "GROUP": variant.group,
@@ -146,6 +161,8 @@ def compile_attention(
         "CAUSAL": variant.mask == "causal",
         "HAS_TREE": variant.mask == "tree",
         "BATCH_INVARIANT": variant.batch_invariant,
+        "WALKS": tiling.workers > 0,
+        "FIELDS": ITEM_FIELDS,
         "FINE": FINE_CHUNK,
         "COARSE": COARSE_CHUNK,
         "FROM": COARSE_FROM,
@@ -156,21 +173,111 @@ def compile_attention(
     )  # fmt: skip
 
 
+HOPPER_VARIANTS = (
+    Variant(),
+    Variant((64, 64), 8, features=("HAS_WINDOW", "HAS_SINKS", "RETURN_LSE")),
+    Variant((256, 256), 6, mask="full", features=("HAS_SOFTCAP", "HAS_ALIBI", "HAS_CHUNK")),
+    Variant(cache=torch.float8_e4m3fn, scale=HEAD_SCALE),
+    Variant((64, 64), 3, cache=torch.float8_e5m2, scale=TENSOR_SCALE),
+    Variant(cache=torch.int8, scale=TOKEN_SCALE),
+    Variant(cache=torch.uint8, scale=TOKEN_SCALE),
+)
+
+
+@pytest.mark.parametrize("variant", HOPPER_VARIANTS, ids=str)
+@pytest.mark.parametrize("max_query_len", [1, 4])
+def test_hopper_decode_compiles(variant: Variant, max_query_len: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from pagedattn.kernels import hopper_decode
+
+    head_size, cache = variant.head[0], variant.cache or torch.bfloat16
+    itemsize = 0.5 if cache == torch.uint8 else cache.itemsize
+    stored = int(head_size * itemsize) // cache.itemsize
+    rows = CacheRows.of((100, 16, 2, stored), (32 * stored, 2 * stored, stored, 1), cache.itemsize)
+    tiling = choose_tiling(
+        num_heads=variant.group * 2,
+        num_kv_heads=2,
+        head_size=head_size,
+        head_size_v=head_size,
+        max_query_len=max_query_len,
+        max_seq_len=8192,
+        num_seqs=4,
+        multiprocessors=132,
+    )
+    launch = choose_hopper_decode(
+        tiling=tiling,
+        head_size=head_size,
+        head_size_v=head_size,
+        cache_itemsize=itemsize,
+        block_size=16,
+        key_rows=rows,
+        value_rows=rows,
+    )
+    assert launch is not None
+    kernel = hopper_decode.hopper_decode_kernel
+    constants = {flag: flag in variant.features for flag in FLAGS} | {
+        "GROUP": variant.group,
+        "HEADS": tiling.heads_per_tile,
+        "HEAD_DIM": head_size,
+        "COLUMNS": launch.columns,
+        "QUERIES_PER_TILE": tiling.slot_rows // tiling.heads_per_tile,
+        "BLOCK_SIZE": 16,
+        "PAGE": launch.page,
+        "BLOCK_N": launch.block_n,
+        "SLOTS": launch.slots,
+        "SLOT_ROWS": launch.slot_rows,
+        "STAGES": launch.stages,
+        "SAME_ROWS": True,
+        "CAUSAL": variant.mask == "causal",
+        "FORMAT": hopper_decode.FORMATS.get(cache, "same"),
+        "K_SCALE": variant.scale,
+        "V_SCALE": variant.scale,
+        "FIELDS": ITEM_FIELDS,
+    }
+    layout = hopper_decode.swizzled_layout(stored * cache.itemsize, cache.itemsize * 8)
+    element = "u8" if cache == torch.uint8 else TRITON_NAMES[cache]
+    descriptor = f"tensordesc<{element}[{launch.page}, {stored}],{layout!r}>"
+    pointers = dict.fromkeys(("block_table_ptr", "items_ptr", "counts_ptr"), "*i32")
+    pointers |= {"out_ptr": "*bf16", "query_ptr": "*bf16", "logit_scale": "fp32", "softcap_log2": "fp32"}
+    pointers |= {"key_descriptor": descriptor, "value_descriptor": descriptor}
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.startswith("stride")]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options: dict[str, Any] = {"num_warps": 4, "launch_pdl": True}
+    if launch.max_registers is not None:
+        options["maxnreg"] = launch.max_registers
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    available = HOPPER_HALF_SHARED_MEMORY if head_size <= 128 else SHARED_MEMORY[90]
+    assert compiled.metadata.shared <= available
+
+
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_the_other_kernels_compile(capability: int) -> None:
     from pagedattn.kernels.cache import append_kv_kernel
-    from pagedattn.kernels.plan import plan_attention_kernel
+    from pagedattn.kernels.copy import copy_blocks_kernel
+    from pagedattn.kernels.plan import plan_items_kernel, plan_walks_kernel
 
     for has_window in (False, True):
-        plan_constants = {
-            "QUERIES_PER_TILE": 4,
-            "HAS_WINDOW": has_window,
-            "BATCH_INVARIANT": has_window,
-            "MIN_CHUNK": 128,
-        }
-        plan_constants |= {"CHUNK_ALIGNMENT": 128, "FINE": FINE_CHUNK, "COARSE": COARSE_CHUNK, "FROM": COARSE_FROM}
-        pointers = {name: "*i32" for name in plan_attention_kernel.arg_names if name.endswith("_ptr")}
-        compile_kernel(plan_attention_kernel, capability, pointers, {**plan_constants, "NUM_LANES": 256}, num_warps=4)
+        shared: dict[str, Any] = {"HAS_WINDOW": has_window, "FIELDS": ITEM_FIELDS, "NUM_LANES": 256}
+        walks = {"MIN_UNITS": MIN_SHARE // SHARE_UNIT, "UNIT": SHARE_UNIT}
+        items = {"QUERIES_PER_TILE": 4, "BATCH_INVARIANT": has_window, "MIN_CHUNK": MIN_CHUNK}
+        items |= {"CHUNK_ALIGNMENT": CHUNK_ALIGNMENT, "FINE": FINE_CHUNK, "COARSE": COARSE_CHUNK, "FROM": COARSE_FROM}
+        for kernel, constants in ((plan_walks_kernel, walks), (plan_items_kernel, items)):
+            pointers = {name: "*i32" for name in kernel.arg_names if name.endswith("_ptr")}
+            compile_kernel(kernel, capability, pointers, {**constants, **shared}, num_warps=4)
+    pointers = {name: "*i16" for name in copy_blocks_kernel.arg_names if name.endswith("_ptr")}
+    copy_constants = {"SLOTS": 16, "HEADS": 8, "KEY_DIM": 128, "VALUE_DIM": 72, "CHUNK": 4096}
+    compile_kernel(
+        copy_blocks_kernel, capability, pointers | {"block_mapping_ptr": "*i64"}, copy_constants, num_warps=4
+    )
     for element in ("*bf16", "*fp32"):
         for rotary_dim, cache_format in ((0, "cast"), (64, "e4m3"), (128, "int4"), (128, "cast"), (64, "int8")):
             stored = {"cast": element, "int8": "*i8"}.get(cache_format, "*u8")
@@ -182,17 +289,17 @@ def test_the_other_kernels_compile(capability: int) -> None:
                 "k_scale_ptr": "*fp32",
                 "v_scale_ptr": "*fp32",
             }
-            padded = 64 if cache_format == "int4" else 128
-            constants: dict[str, Any] = {
+            append_constants: dict[str, Any] = {
                 "BLOCK_SIZE": 16,
                 "NUM_HEADS": 32,
-                "HEADS_PADDED": 32,
+                "HEADS": 8,
                 "NUM_KV_HEADS": 8,
-                "KV_HEADS_PADDED": 8,
+                "KV_HEADS": 8,
+                "KV_PROGRAMS": 1,
                 "HEAD_DIM": 128,
-                "KEY_PADDED": padded,
+                "KEY_PADDED": 128,
                 "HEAD_DIM_V": 128,
-                "VALUE_PADDED": padded,
+                "VALUE_PADDED": 128,
                 "ROTARY_DIM": rotary_dim,
                 "PAIRS_PADDED": max(1, rotary_dim // 2),
                 "INTERLEAVED": rotary_dim == 64,
@@ -201,4 +308,11 @@ def test_the_other_kernels_compile(capability: int) -> None:
                 "K_SCALE": TOKEN_SCALE if cache_format != "cast" else NO_SCALE,
                 "V_SCALE": HEAD_SCALE if cache_format != "cast" else NO_SCALE,
             }
-            compile_kernel(append_kv_kernel, capability, pointers, constants, num_warps=4, enable_fp_fusion=False)
+            compiled = compile_kernel(
+                append_kv_kernel, capability, pointers, append_constants, num_warps=4, enable_fp_fusion=False
+            )
+            if cache_format == "cast":
+                # A program only waits for memory: each thread keeps what it loads, and loads 16 bytes at a time.
+                loads = set(re.findall(r"ld\.global\.\S+", compiled.asm["ptx"]))
+                assert loads <= {"ld.global.v4.b32", "ld.global.v2.b32", "ld.global.b64"}, loads
+                assert compiled.metadata.shared == 0

@@ -12,21 +12,42 @@ from hypothesis import strategies as st
 
 import pagedattn
 from pagedattn.kernels import plan_reference
-from pagedattn.kernels.tiling import FINE_CHUNK, MIN_CHUNK, AttentionTiling, choose_launch, choose_tiling, chunk_of
+from pagedattn.kernels.tiling import (
+    FINE_CHUNK,
+    ITEM_FIELDS,
+    MIN_CHUNK,
+    MIN_SHARE,
+    SHARE_UNIT,
+    AttentionTiling,
+    ceil_div,
+    choose_launch,
+    choose_tiling,
+    chunk_of,
+)
 from tests.device import DEVICE
 
 
 def make_plan(
     seq_lens: list[int], query_lens: list[int], tiling: AttentionTiling, sliding_window: int | None
-) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    items = torch.full((tiling.max_items, 8), -7, dtype=torch.int32)
-    merges = torch.full((tiling.max_merges, 4), -7, dtype=torch.int32)
+) -> tuple[list[list[int]], list[int]]:
+    """The items that a launch runs, in the order of its programs, and the counts."""
+    items = torch.full((tiling.max_items, ITEM_FIELDS), -7, dtype=torch.int32)
     counts = torch.full((tiling.num_counts,), -7, dtype=torch.int32)
     starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
     lengths = torch.tensor(seq_lens, dtype=torch.int32)
-    plan_reference.plan_attention(lengths, starts, items, merges, counts, tiling=tiling, sliding_window=sliding_window)
+    plan_reference.plan_attention(lengths, starts, items, counts, tiling=tiling, sliding_window=sliding_window)
     assert not counts[4:].any()
-    return items[: counts[0]].tolist(), merges[: counts[1]].tolist(), counts.tolist()
+    return run_order(items.tolist(), counts.tolist()), counts.tolist()
+
+
+def run_order(items: list[list[int]], counts: list[int]) -> list[list[int]]:
+    """Every program's chain of items, those without queries left out."""
+    order = []
+    for number in range(counts[0]):
+        while number >= 0:
+            order.append(items[number])
+            number = items[number][10]
+    return [item for item in order if item[2]]
 
 
 @given(
@@ -35,7 +56,7 @@ def make_plan(
     num_kv_heads=st.sampled_from([1, 3, 8]),
     head_size=st.sampled_from([64, 128, 256, 512]),
     sliding_window=st.none() | st.integers(1, 5000),
-    programs=st.sampled_from([1, 8, 216, 264]),
+    multiprocessors=st.sampled_from([1, 4, 108, 132]),
     batch_invariant=st.booleans(),
 )
 def test_plan_covers_every_key_once_within_its_bounds(
@@ -44,7 +65,7 @@ def test_plan_covers_every_key_once_within_its_bounds(
     num_kv_heads: int,
     head_size: int,
     sliding_window: int | None,
-    programs: int,
+    multiprocessors: int,
     batch_invariant: bool,
 ) -> None:
     seq_lens, query_lens = [n for n, _ in lengths], [q for _, q in lengths]
@@ -56,15 +77,14 @@ def test_plan_covers_every_key_once_within_its_bounds(
         max_query_len=max(1, *query_lens, 1),
         max_seq_len=max(seq_lens),
         num_seqs=len(seq_lens),
-        programs=programs,
+        multiprocessors=multiprocessors,
         batch_invariant=batch_invariant,
     )
     assert tiling.queries_per_tile * tiling.heads_per_tile <= tiling.rows
     assert tiling.head_tiles * tiling.heads_per_tile >= group * num_kv_heads
-    items, merges, counts = make_plan(seq_lens, query_lens, tiling, sliding_window)
+    items, counts = make_plan(seq_lens, query_lens, tiling, sliding_window)
     assert counts[0] <= tiling.max_items
-    assert counts[1] <= tiling.max_merges
-    assert counts[2] == sum(query_lens)
+    assert counts[1] == sum(query_lens)
     first_row = dict(zip(range(len(seq_lens)), [sum(query_lens[:i]) for i in range(len(seq_lens))], strict=True))
     rows = {row for item in items for row in range(item[1], item[1] + item[2])}
     assert rows == set(range(sum(query_lens)))
@@ -73,8 +93,9 @@ def test_plan_covers_every_key_once_within_its_bounds(
         tiles.setdefault(item[1], []).append(item)
     written: list[int] = []  # slots, over all tiles
     for parts in tiles.values():
-        sequence, row, queries, position, *_, merge = parts[0]
-        assert position == seq_lens[sequence] - query_lens[sequence] + row - first_row[sequence]
+        sequence, row, queries, position, _, _, slot, first_slot, num_slots, num_parts, _, origin = parts[0]
+        assert origin == seq_lens[sequence] - query_lens[sequence]
+        assert position == origin + row - first_row[sequence]
         assert 1 <= queries <= tiling.queries_per_tile
         window = sliding_window if sliding_window is not None else 1 << 30
         first_key = max(0, position - window + 1)
@@ -85,25 +106,66 @@ def test_plan_covers_every_key_once_within_its_bounds(
             assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
         else:
             assert not pieces
-        if merge < 0:
+        if slot < 0:
             assert len(parts) == 1
-            assert parts[0][6] == -1
             continue
-        slots = list(range(merges[merge][0], merges[merge][0] + merges[merge][1]))
-        assert merges[merge][2] == len(parts)
-        own: list[int] = []
-        for begin, end, slot in pieces:
-            if batch_invariant:  # one for each chunk, and items end where chunks do
-                assert begin == first_key or begin in CHUNK_BEGINS
-                own += range(slot, slot + chunk_of(end - 1) - chunk_of(begin) + 1)
-            else:
-                assert end - begin <= counts[3]
-        if not batch_invariant:
-            own = [item[6] for item in parts]
+        assert num_parts == len(parts)
+        assert all(item[7:10] == parts[0][7:10] for item in parts)
+        slots = list(range(first_slot, first_slot + num_slots))
+        if tiling.workers:
+            slots = [first_slot, *(2 * (first_slot // 2 + index) for index in range(1, num_slots))]
+        own = [item[6] for item in parts]
+        if batch_invariant:  # one for each chunk, and items end where chunks do
+            assert all(begin == first_key or begin in CHUNK_BEGINS for begin, _, _ in pieces)
+            own = [
+                number
+                for begin, end, first in pieces
+                for number in range(first, first + chunk_of(end - 1) - chunk_of(begin) + 1)
+            ]
+        elif not tiling.workers:
+            assert all(end - begin <= counts[2] for begin, end, _ in pieces)
         assert sorted(own) == slots
         written += own
     assert len(written) == len(set(written))
     assert max(written, default=-1) < tiling.max_slots
+
+
+@given(
+    seq_lens=st.lists(st.integers(0, 40_000), min_size=1, max_size=40),
+    sliding_window=st.none() | st.integers(1, 5000),
+    num_kv_heads=st.sampled_from([1, 3, 8, 300]),
+)
+def test_workers_share_the_keys_equally(seq_lens: list[int], sliding_window: int | None, num_kv_heads: int) -> None:
+    tiling = choose_tiling(
+        num_heads=num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=128,
+        head_size_v=128,
+        max_query_len=1,
+        max_seq_len=max(seq_lens),
+        num_seqs=len(seq_lens),
+        multiprocessors=132,
+    )
+    assert tiling.workers == max(1, 264 // num_kv_heads)
+    items = torch.zeros(tiling.max_items, ITEM_FIELDS, dtype=torch.int32)
+    counts = torch.zeros(tiling.num_counts, dtype=torch.int32)
+    starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32)
+    plan_reference.plan_attention(
+        torch.tensor(seq_lens, dtype=torch.int32), starts, items, counts, tiling=tiling, sliding_window=sliding_window
+    )
+    loads = []
+    for number in range(tiling.workers):
+        load, item = 0, number
+        while item >= 0:
+            _, _, _, _, begin, end, *_ = row = items[item].tolist()
+            load += end - begin
+            item = row[10]
+        loads.append(load)
+    visible = [min(n, sliding_window or n) for n in seq_lens]
+    assert sum(loads) == sum(visible)
+    # A sequence may begin and end within a unit, and one without keys takes the place of one unit.
+    units = sum(ceil_div(n, SHARE_UNIT) + 1 for n in visible)
+    assert max(loads) <= max(MIN_SHARE, (ceil_div(units, tiling.workers)) * SHARE_UNIT)
 
 
 CHUNK_BEGINS = {0, *(p for p in range(1, 60_000) if chunk_of(p) != chunk_of(p - 1))}
@@ -115,7 +177,8 @@ def test_op_writes_what_the_reference_writes(seed: int, batch_invariant: bool) -
     draw = random.Random(seed)
     count = draw.choice([1, 2, 5, 17])
     seq_lens = [draw.choice([0, 3, 100, 1000, 5000, 12_345, 30_000]) for _ in range(count)]
-    query_lens = [draw.choice([0, 1, 1, min(n, 70), n + 90]) for n in seq_lens]
+    longest = draw.choice([1, 5, 10**6])
+    query_lens = [min(longest, draw.choice([0, 1, 1, min(n, 70), n + 90])) for n in seq_lens]
     sliding_window = draw.choice([None, None, 10, 300, 10**6])
     geometry = {"num_heads": 6, "num_kv_heads": 2, "head_size": 64, "head_size_v": 64}
     geometry["batch_invariant"] = batch_invariant
@@ -128,13 +191,12 @@ def test_op_writes_what_the_reference_writes(seed: int, batch_invariant: bool) -
         **geometry,
         **bounds,
     )
-    programs = pagedattn.ops._programs(DEVICE)
-    tiling = choose_tiling(**geometry, **bounds, num_seqs=count, programs=programs)
+    multiprocessors = pagedattn.ops._multiprocessors(DEVICE)
+    tiling = choose_tiling(**geometry, **bounds, num_seqs=count, multiprocessors=multiprocessors)
     effective = None if sliding_window is None or sliding_window >= bounds["max_seq_len"] else sliding_window
-    items, merges, counts = make_plan(seq_lens, query_lens, tiling, effective)
+    items, counts = make_plan(seq_lens, query_lens, tiling, effective)
     assert plan.counts.tolist() == counts
-    assert plan.items[: counts[0]].tolist() == items
-    assert plan.merges[: counts[1]].tolist() == merges
+    assert run_order(plan.items.tolist(), counts) == items
 
 
 def test_plan_is_rewritten_in_place() -> None:
@@ -154,8 +216,9 @@ def test_plan_is_rewritten_in_place() -> None:
     assert pagedattn.plan_attention(second, starts, out=plan, **geometry) is plan
     assert [tensor.data_ptr() for tensor in plan.tensors] == addresses
     fresh = pagedattn.plan_attention(second, starts, **geometry)
-    count = int(fresh.counts[0])
-    assert torch.equal(plan.items[:count], fresh.items[:count])
+    counts = plan.counts.tolist()
+    assert counts == fresh.counts.tolist()
+    assert run_order(plan.items.tolist(), counts) == run_order(fresh.items.tolist(), counts)
     with pytest.raises(ValueError, match=r"^out: got a plan for"):
         pagedattn.plan_attention(second, starts, out=plan, **{**geometry, "max_seq_len": 901})
 

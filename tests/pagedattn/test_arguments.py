@@ -38,7 +38,7 @@ CACHE: tuple[Bad, ...] = (
     lambda t: t[None],
     lambda t: t[0],
     lambda t: t.to(torch.float64),
-    lambda t: t[..., :-4],
+    lambda t: t[..., :-1],  # no multiple of 8, also of int4
     lambda t: t[:, :0],
     lambda t: t.new_empty(*t.shape[:3], t.shape[3] * 2)[..., ::2],
 )
@@ -59,8 +59,15 @@ PER_HEAD: tuple[Bad, ...] = (
     lambda t: torch.cat((t, t[:1])),
     lambda t: t[None],
     lambda _: "x",
+    lambda t: t.clone().requires_grad_(),
 )
-SCALE: tuple[Bad, ...] = (lambda _: 1.0, lambda t: t.double(), lambda t: t.new_ones(2, 2), lambda t: t.new_ones(99))
+SCALE: tuple[Bad, ...] = (
+    lambda _: 1.0,
+    lambda t: t.double(),
+    lambda t: t.new_ones(2, 2),
+    lambda t: t.new_ones(99),
+    lambda t: t.clone().requires_grad_(),
+)
 
 Call = tuple[Callable[..., Any], dict[str, Any], dict[str, tuple[Bad, ...]]]
 
@@ -126,6 +133,7 @@ def attention_calls(draw: st.DrawFn) -> Call:
         "softcap": (7.0, (*NUMBER, lambda _: 0.0, lambda _: -2.0)),
         "alibi_slopes": (torch.rand(heads), PER_HEAD),
         "sinks": (torch.rand(heads), PER_HEAD),
+        "q_scale": (torch.ones(draw(st.sampled_from([(), (kv_heads,)]))), SCALE),
         "k_scale": (scale(draw, key_cache), SCALE),
         "v_scale": (scale(draw, key_cache), SCALE),
         "tree_mask": (
@@ -134,7 +142,7 @@ def attention_calls(draw: st.DrawFn) -> Call:
         ),
         "out": (
             torch.empty(tokens, heads, size_v, dtype=dtype),
-            (lambda _: 1, lambda t: t.double(), lambda t: t[..., :-1], lambda t: t[None]),
+            (lambda _: 1, lambda t: t.double(), lambda t: t[..., :-1], lambda t: t[None], ROWS[-1]),
         ),
         "return_lse": (True, FLAG),
         "plan": (None, (lambda _: 3, lambda _: "plan")),
@@ -142,6 +150,8 @@ def attention_calls(draw: st.DrawFn) -> Call:
     for name, (value, wrong) in optional.items():
         if draw(st.booleans()):
             call[name], bad[name] = value, wrong
+    if "out" in call:  # which does not fit another head size
+        bad["value_cache"] = (*CACHE, lambda t: t.new_zeros(*t.shape[:3], t.shape[3] * 2))
     return pagedattn.paged_attention, call, bad
 
 
@@ -184,7 +194,7 @@ def append_calls(draw: st.DrawFn) -> Call:
         "query": ROWS,
         "interleaved": FLAG,
         "positions": (*INDEX[:-1], lambda t: t.new_zeros(9)),
-        "cos_sin": (*NOT_A_TENSOR, lambda t: t.double(), lambda t: t[:, :-1], lambda t: t[None]),
+        "cos_sin": (*NOT_A_TENSOR, lambda t: t.double(), lambda t: t[:, :-1], lambda t: t[None], ROWS[-1]),
     }
     if draw(st.booleans()):
         call["rotary_dim"], bad["rotary_dim"] = rotary_dim, (*POSITIVE, lambda n: n + 2)

@@ -55,3 +55,25 @@ def test_bad_prefix_lengths(prefix_len: object, error: type[Exception]) -> None:
     call: Any = pagedattn.shared_prefix_attention
     with pytest.raises(error, match=r"^prefix_len: "):
         call(query, key_cache, value_cache, blocks, prefix_len, table, seq_lens, starts, max_query_len=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda blocks: None, TypeError),
+        (lambda blocks: [0, 1], TypeError),
+        (lambda blocks: blocks[None], ValueError),
+        (lambda blocks: blocks.long(), ValueError),
+        (lambda blocks: blocks + 1000, ValueError),  # found by the checks of values
+    ],
+)
+def test_bad_prefix_blocks(change: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagedattn.ops, "CHECK_VALUES", True)
+    case, blocks = arguments()
+    query, key_cache, value_cache, table, seq_lens, starts = case.arguments()
+    call: Any = pagedattn.shared_prefix_attention
+    call(query, key_cache, value_cache, blocks, 8, table, seq_lens, starts, max_query_len=1)
+    with pytest.raises(error, match=r"^prefix_blocks: "):
+        call(query, key_cache, value_cache, change(blocks), 8, table, seq_lens, starts, max_query_len=1)
+    with pytest.raises(TypeError, match=r"^key_cache: "):
+        call(query, None, value_cache, blocks, 8, table, seq_lens, starts, max_query_len=1)

@@ -205,6 +205,74 @@ def test_cuda_graph_replays_with_changed_lengths_and_tables() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not IS_CUDA, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("scales", ["tensor", "head"])
+def test_cuda_graph_replays_with_changed_scales(scales: str) -> None:
+    """Append and attention captured once; scales rewritten in place are what the next replay writes and reads with."""
+    generator = torch.Generator().manual_seed(0)
+    shape = () if scales == "tensor" else (2,)
+    k_scale, v_scale = torch.full((2, *shape), 0.05, device=DEVICE).unbind()
+    key_cache, value_cache = torch.zeros(2, 4, 16, 2, 32, dtype=torch.int8, device=DEVICE).unbind()
+    query = torch.randn(3, 4, 32, generator=generator).to(DEVICE, torch.bfloat16)
+    key, value = torch.randn(2, 3, 2, 32, generator=generator).to(DEVICE, torch.bfloat16).unbind()
+    slots = torch.tensor([0, 16, 33], device=DEVICE)
+    table = torch.tensor([[0], [1], [2]], dtype=torch.int32, device=DEVICE)
+    lens, starts = (torch.tensor(t, dtype=torch.int32, device=DEVICE) for t in ([1, 1, 2], [0, 1, 2, 3]))
+    geometry: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32, "block_size": 16}
+    plan = pagedattn.plan_attention(lens, starts, max_query_len=1, max_seq_len=16, **geometry)
+
+    def step() -> torch.Tensor:
+        pagedattn.append_kv(key, value, key_cache, value_cache, slots, k_scale=k_scale, v_scale=v_scale)
+        return pagedattn.paged_attention(
+            query, key_cache, value_cache, table, lens, starts,
+            max_query_len=1, plan=plan, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    results = []
+    for factor in (1.0, 0.5, 3.0):
+        k_scale.mul_(factor)
+        v_scale.mul_(factor)
+        graph.replay()
+        results.append((out.clone(), key_cache.clone(), value_cache.clone()))
+        expected = step()
+        assert torch.equal(results[-1][0], expected)
+        assert torch.equal(results[-1][1], key_cache)
+        assert torch.equal(results[-1][2], value_cache)
+    assert not torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[1][1], results[2][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; test_launcher.py has the choice of device")
+def test_runs_on_the_device_of_its_tensors() -> None:
+    """Every op on a device that is not the current one, and an error where devices are mixed."""
+    other = torch.device("cuda", 1)
+    case = make_case().to(DEVICE)
+    expected = pagedattn.paged_attention(*case.arguments(), max_query_len=case.max_query_len)
+    inputs = rope_inputs()
+    pagedattn.rope_append_kv(**inputs)
+    with torch.cuda.device(0):
+        moved = case.to(other)
+        for _ in range(3):  # through the dispatcher, and again
+            out = pagedattn.paged_attention(*moved.arguments(), max_query_len=case.max_query_len, plan=make_plan(moved))
+            assert out.device == other
+            torch.testing.assert_close(out.to(DEVICE), expected, rtol=2e-3, atol=2e-3)
+            moved_inputs = {name: tensor.to(other) for name, tensor in rope_inputs().items()}
+            pagedattn.rope_append_kv(**moved_inputs)
+            assert torch.equal(moved_inputs["key_cache"].to(DEVICE), inputs["key_cache"])
+        assert torch.cuda.current_device() == 0
+    with pytest.raises(ValueError, match=r"^block_table: .* must be on cuda:0"):
+        call_attention(block_table=moved.block_table)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not IS_CUDA, reason="a cache of more than 2**31 elements needs a GPU's memory")
 def test_cache_of_more_than_2_31_elements() -> None:
     block_elements = 16 * 2 * 32
@@ -291,6 +359,10 @@ BAD_CALLS = [
     (call_attention, {"plan": lambda _: make_plan(make_case(), max_query_len=9)}, ValueError),
     (call_attention, {"out": of("query", lambda t: t[1:].clone())}, ValueError),
     (call_attention, {"out": of("query", lambda t: t.double())}, ValueError),
+    (call_attention, {"out": of("query", lambda t: t.clone().requires_grad_())}, ValueError),
+    (call_attention, {"q_scale": torch.ones((), device=DEVICE, requires_grad=True)}, ValueError),
+    (call_attention, {"k_scale": torch.ones(2, device=DEVICE, requires_grad=True)}, ValueError),
+    (call_attention, {"v_scale": torch.ones(2, device=DEVICE, requires_grad=True)}, ValueError),
     (call_append, {"key": of("key", lambda t: t[0])}, ValueError),
     (call_append, {"key": of("key", lambda t: t.clone().requires_grad_())}, ValueError),
     (call_append, {"value": of("value", lambda t: t[1:])}, ValueError),
@@ -301,6 +373,7 @@ BAD_CALLS = [
     (call_append, {"k_scale": torch.ones((), device=DEVICE)}, ValueError),
     (call_rope, {"query": of("query", lambda t: t[..., :16])}, ValueError),
     (call_rope, {"cos_sin": of("cos_sin", lambda t: t.double())}, ValueError),
+    (call_rope, {"cos_sin": of("cos_sin", lambda t: t.clone().requires_grad_())}, ValueError),
     (call_rope, {"cos_sin": of("cos_sin", lambda t: t[:, :15])}, ValueError),
     (call_rope, {"positions": of("positions", lambda t: t.int())}, ValueError),
     (call_rope, {"positions": None}, TypeError),
@@ -364,6 +437,18 @@ def test_value_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         call_append(slot_mapping=torch.tensor([64, 1, 2, 3, 4], device=DEVICE))
     with pytest.raises(ValueError, match=r"^positions: "):
         call_rope(positions=of("positions", lambda t: t + 10))
+    case = make_case()
+    caches, table, lens = (case.key_cache, case.value_cache), case.block_table, case.seq_lens
+    pagedattn.gather_kv(*caches, table, lens, max_seq_len=300)
+    with pytest.raises(ValueError, match=r"^block_table: "):
+        pagedattn.gather_kv(*caches, table + 1000, lens, max_seq_len=300)
+    with pytest.raises(ValueError, match=r"^seq_lens: "):
+        pagedattn.gather_kv(*caches, table, lens, max_seq_len=299)
+    with pytest.raises(ValueError, match=r"^seq_lens: "):
+        pagedattn.gather_kv(*caches, table, lens - 4, max_seq_len=300)
+    mapping = torch.tensor([[0, len(case.key_cache)]], device=DEVICE)
+    with pytest.raises(ValueError, match=r"^block_mapping: "):
+        pagedattn.copy_blocks(*caches, *caches, mapping)
 
 
 def test_importing_is_light() -> None:

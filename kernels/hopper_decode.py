@@ -1,0 +1,838 @@
+"""Paged attention for Hopper, in Gluon: what workers walk (decode, verification of drafts), at the speed of memory.
+
+Memory and plan are those of ``kernels/attention.py``, and so are slots, partials and the order of merging. A worker is
+one thread block of two partitions that share a ring of STAGES tiles of keys and values in shared memory:
+
+- the producer, one warp, reads the block table 32 pages at a time, ahead of need, and asks the copy engine (TMA) for
+  each page; it runs ahead over the ends of items, so the ring never drains between two of them;
+- the consumer, one warp group, computes with swapped operands, so that keys are the rows of the products and few query
+  rows cost nothing: S^T [BLOCK_N, COLUMNS] = K Q^T, then O^T [D, COLUMNS] += V^T P^T. A column is a query token and a
+  head: column c is query token c // HEADS and head c % HEADS of the head tile.
+
+Quantized caches travel as they are stored; the consumer makes fp16 tiles of them, which hold every stored number
+exactly. Queries then are fp16 too, each over a power of two of its own so that none overflows, which joins the logits'
+scale with those of queries and keys; a scale per token joins the logits' rows, and values are multiplied by theirs.
+int4 pairs come apart as even elements, then odd ones, so queries and results take their dimensions in that order.
+
+Pages of at least 8 slots come by TMA, which reads what it is told as rows of one two-dimensional tensor: row
+block * BLOCK_ROWS + head * HEAD_ROWS + slot, from column head * HEAD_COLUMNS on.
+
+Warp specialization and swapped products for decode: FlashMLA (DeepSeek, 2025), FlashAttention-3 (Shah et al., 2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from pagedattn.kernels.launcher import Descriptors, Launcher, specialized
+from pagedattn.kernels.options import AttentionOptions
+from pagedattn.kernels.quantization import scale_mode, token_strides
+from pagedattn.kernels.tiling import ITEM_FIELDS, LOG2E, AttentionTiling, CacheRows, HopperDecodeLaunch
+
+LANES = gl.constexpr(32)
+# Names of Triton 3.6 that later versions have changed.
+fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def warm_copy_engine(key_descriptor, value_descriptor, tiles, barrier, PAGE: gl.constexpr, PAGE_BYTES: gl.constexpr):
+    """Fetch a page that nobody reads, so that the copy engine has both descriptors when it is first needed."""
+    mbarrier.expect(barrier, 2 * PAGE_BYTES)
+    fetch(key_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
+    fetch(value_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
+
+
+@gluon.jit
+def wait_for_launches_before():
+    """Programmatic dependent launch: this kernel may start early, but reads nothing before those ahead have ended."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL: gl.constexpr, HAS_CHUNK: gl.constexpr):
+    """First and end key of an item that any of its queries sees."""
+    queries = gl.load(item_ptr + 2)
+    first_position = gl.load(item_ptr + 3)
+    begin = gl.load(item_ptr + 4)
+    end = gl.load(item_ptr + 5)
+    last_position = first_position + queries - 1
+    if CAUSAL:
+        end = gl.minimum(end, last_position + 1)
+    if HAS_CHUNK:
+        begin = gl.maximum(begin, gl.maximum(first_position, 0) // attention_chunk * attention_chunk)
+        end = gl.minimum(end, (gl.maximum(last_position, 0) // attention_chunk + 1) * attention_chunk)
+    return begin, end
+
+
+# --- producer ---------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def load_blocks(table_ptr, first_page, last_page, PAGES_PER_BLOCK: gl.constexpr):
+    """Block ids of the next LANES pages, the last page repeated past the end."""
+    lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
+    return gl.load(table_ptr + gl.minimum(first_page + lane, last_page) // PAGES_PER_BLOCK)
+
+
+@gluon.jit
+def page_rows(blocks, first_page, last_page, block_rows, PAGE: gl.constexpr, PAGES_PER_BLOCK: gl.constexpr):
+    """Rows at which the pages of ``load_blocks`` begin."""
+    lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
+    page = gl.minimum(first_page + lane, last_page)
+    return blocks * block_rows + (page % PAGES_PER_BLOCK) * PAGE
+
+
+@gluon.jit
+def pick(values, index):
+    """Element ``index`` of a warp's LANES values."""
+    lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
+    return gl.sum(gl.where(lane == index, values, 0), 0)
+
+
+@gluon.jit
+def produce(
+    key_descriptor, value_descriptor, block_table_ptr, items_ptr, item, stride_table_sequence,
+    key_block_rows, value_block_rows, key_row, key_column, value_row, value_column, attention_chunk, sliding_window,
+    keys, values, keys_full, values_full, tile_empty, warmed,
+    BLOCK_SIZE: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, TILE_BYTES: gl.constexpr,
+    SAME_ROWS: gl.constexpr, CAUSAL: gl.constexpr, HAS_CHUNK: gl.constexpr, STAGES: gl.constexpr,
+    FIELDS: gl.constexpr,
+):  # fmt: skip
+    """Fill the ring with the tiles of a worker's items."""
+    PAGES: gl.constexpr = BLOCK_N // PAGE
+    PAGES_PER_BLOCK: gl.constexpr = BLOCK_SIZE // PAGE
+    stage = 0
+    phase = 1
+    while item >= 0:
+        item_ptr = items_ptr + item * FIELDS
+        sequence = gl.load(item_ptr)
+        item = gl.load(item_ptr + 10)
+        begin, end = visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL, HAS_CHUNK)
+        if begin < end:
+            table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
+            page = begin // PAGE
+            last_page = (end - 1) // PAGE
+            blocks = load_blocks(table_ptr, page, last_page, PAGES_PER_BLOCK)
+            while page <= last_page:
+                key_rows = page_rows(blocks, page, last_page, key_block_rows, PAGE, PAGES_PER_BLOCK)
+                value_rows = key_rows
+                if not SAME_ROWS:
+                    value_rows = page_rows(blocks, page, last_page, value_block_rows, PAGE, PAGES_PER_BLOCK)
+                if page + LANES <= last_page:  # these arrive while the copies of the pages before them are asked for
+                    blocks = load_blocks(table_ptr, page + LANES, last_page, PAGES_PER_BLOCK)
+                index = 0
+                while (index < LANES) & (page + index <= last_page):
+                    mbarrier.wait(tile_empty.index(stage), phase)
+                    if stage == STAGES - 1:
+                        mbarrier.wait(warmed, 0)
+                    mbarrier.expect(keys_full.index(stage), TILE_BYTES)
+                    for number in gl.static_range(PAGES):
+                        fetch(
+                            key_descriptor, [key_row + pick(key_rows, index + number), key_column],
+                            keys_full.index(stage), keys.index(stage).slice(number * PAGE, PAGE),
+                        )  # fmt: skip
+                    mbarrier.expect(values_full.index(stage), TILE_BYTES)
+                    for number in gl.static_range(PAGES):
+                        fetch(
+                            value_descriptor, [value_row + pick(value_rows, index + number), value_column],
+                            values_full.index(stage), values.index(stage).slice(number * PAGE, PAGE),
+                        )  # fmt: skip
+                    index += PAGES
+                    stage += 1
+                    if stage == STAGES:
+                        stage = 0
+                        phase ^= 1
+                page += LANES
+
+
+# --- consumer ---------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def tanh(x):
+    """As ``kernels.attention.tanh``."""
+    square = x * x
+    near = square * -5.70498872745e-3 + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = near * square - 3.33332819422e-1
+    near = near * square * x + x
+    far = 1.0 - 2.0 / (gl.exp2(x * 2.8853900817779268) + 1.0)
+    return gl.where(square < 0.390625, near, far)
+
+
+@gluon.jit
+def element_of(dim, HEAD_DIM: gl.constexpr, FORMAT: gl.constexpr):
+    """Which element of a head a tile's column is."""
+    element = dim
+    if FORMAT == "int4":
+        element = gl.where(dim < HEAD_DIM // 2, 2 * dim, 2 * dim - HEAD_DIM + 1)
+    return element
+
+
+@gluon.jit
+def finite_shift(maximum):
+    """What to subtract before exponentiating: the maximum, 0 where that is -inf."""
+    return gl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@gluon.jit
+def add_sink(lse, sink):
+    """Weight of a result, and log2-sum-exp with one logit more of a value 0."""
+    maximum = gl.maximum(lse, sink)
+    shift = finite_shift(maximum)
+    weight = gl.exp2(lse - shift)
+    denominator = weight + gl.exp2(sink - shift)
+    denominator = gl.where(denominator == 0.0, 1.0, denominator)
+    return weight / denominator, maximum + gl.log2(denominator)
+
+
+@gluon.jit
+def bytes_to_half(packed, BIAS: gl.constexpr):
+    """Unsigned bytes less BIAS (128 or 8) as fp16: a byte in the low bits of 1024.0 is that much more than 1024."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 low, high, bias;
+        prmt.b32 low, $2, 0x64646464, 0x4140;
+        prmt.b32 high, $2, 0x64646464, 0x4342;
+        mov.b32 bias, """
+        + ("0x64806480" if BIAS == 128 else "0x64086408")
+        + """;
+        sub.f16x2 $0, low, bias;
+        sub.f16x2 $1, high, bias;
+        }
+        """,
+        "=r,=r,r", [packed], dtype=gl.float16, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Write a stored tile [BLOCK_N, D] (int4: [BLOCK_N, D / 2]) as fp16, times scale [BLOCK_N] if there is one."""
+    numbers = stored.load(LAYOUT)
+    if FORMAT == "int4":
+        HALF: gl.constexpr = stored.shape[1]
+        even = bytes_to_half((numbers & 0x0F) ^ 0x08, 8)
+        odd = bytes_to_half((numbers >> 4) ^ 0x08, 8)
+        if HAS_SCALE:
+            even = (even.to(gl.float32) * scale[:, None]).to(gl.float16)
+            odd = (odd.to(gl.float32) * scale[:, None]).to(gl.float16)
+        tile.slice(0, HALF, dim=1).store(even)
+        tile.slice(HALF, HALF, dim=1).store(odd)
+    else:
+        if FORMAT == "int8":
+            values = bytes_to_half(numbers.to(gl.uint8, bitcast=True) ^ 0x80, 128)
+        else:
+            values = numbers.to(gl.float16)
+        if HAS_SCALE:
+            values = (values.to(gl.float32) * scale[:, None]).to(gl.float16)
+        tile.store(values)
+
+
+@gluon.jit
+def load_token_scales(scale_ptr, blocks, position, stride_block, stride_slot, end, BLOCK_SIZE: gl.constexpr):
+    """Scales of positions whose blocks are known; those behind the end are the last one's."""
+    slot = gl.minimum(position, end - 1) % BLOCK_SIZE
+    return gl.load(scale_ptr + blocks.to(gl.int64) * stride_block + slot * stride_slot)
+
+
+@gluon.jit
+def load_shared_scale(scale_ptr, kv_head, MODE: gl.constexpr):
+    """A scale that all tokens share, 1 where there is none or each token has its own."""
+    scale = 1.0
+    if MODE == 1:
+        scale = gl.load(scale_ptr)
+    elif MODE == 2:
+        scale = gl.load(scale_ptr + kv_head)
+    return scale
+
+
+@gluon.jit
+def clear_rows(tile, first_key, begin, end, LAYOUT: gl.constexpr):
+    """Zero the values outside begin..end: nothing is known of them, and 0 * NaN is NaN."""
+    position = first_key + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
+    values = tile.load(LAYOUT)
+    tile.store(gl.where(((position >= begin) & (position < end))[:, None], values, 0.0).to(tile.dtype))
+    fence_async_shared()
+    synchronize()
+
+
+@gluon.jit
+def merge_partials(
+    partials_ptr, partial_lse_ptr, first_slot, num_slots, head_tile, num_head_tiles, slot_rows, row_exists,
+    HEAD_DIM: gl.constexpr, SLOTS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Add up the slots of a split tile for one head tile: normalized [ROWS, D] and log2-sum-exp [ROWS].
+
+    LAYOUT [SLOTS, ROWS, D] keeps an element's slots in one thread: no two threads need to talk.
+    """
+    BY_SLOT: gl.constexpr = gl.SliceLayout(2, LAYOUT)  # [SLOTS, ROWS]
+    RESULT: gl.constexpr = gl.SliceLayout(0, LAYOUT)  # [ROWS, D]
+    ROWS: gl.constexpr = row_exists.shape[0]
+    number = gl.arange(0, SLOTS, gl.SliceLayout(1, BY_SLOT))
+    row = gl.arange(0, ROWS, gl.SliceLayout(0, BY_SLOT))
+    dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    exists = gl.convert_layout(row_exists, gl.SliceLayout(0, BY_SLOT))
+    maximum = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(0, BY_SLOT))
+    denominator = gl.zeros([ROWS], gl.float32, gl.SliceLayout(0, BY_SLOT))
+    result = gl.zeros([ROWS, HEAD_DIM], gl.float32, RESULT)
+    start = 0
+    while start < num_slots:
+        index = start + number
+        slot = gl.where(index == 0, first_slot, 2 * (first_slot // 2 + index))
+        mask = (index < num_slots)[:, None] & exists[None, :]
+        partial_row = (slot * num_head_tiles + head_tile)[:, None] * slot_rows + row[None, :]
+        # Other multiprocessors wrote these: read past this one's first-level cache.
+        lse = gl.load(partial_lse_ptr + partial_row, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        partial_ptrs = partials_ptr + partial_row[:, :, None] * HEAD_DIM + dim[None, None, :]
+        partial = gl.load(partial_ptrs, mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
+        new_maximum = gl.maximum(maximum, gl.max(lse, 0))
+        shift = finite_shift(new_maximum)
+        weight = gl.exp2(lse - shift[None, :])
+        correction = gl.exp2(maximum - shift)
+        denominator = denominator * correction + gl.sum(weight, 0)
+        result = result * gl.convert_layout(correction, gl.SliceLayout(1, RESULT))[:, None]
+        result += gl.sum(partial * weight[:, :, None], 0)
+        maximum = new_maximum
+        start += SLOTS
+    denominator = gl.where(denominator == 0.0, 1.0, denominator)
+    result = result / gl.convert_layout(denominator, gl.SliceLayout(1, RESULT))[:, None]
+    return result, gl.convert_layout(maximum + gl.log2(denominator), gl.SliceLayout(1, RESULT))
+
+
+@gluon.jit
+def consume(
+    out_ptr, lse_ptr, partials_ptr, query_ptr, block_table_ptr, items_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
+    k_scale_ptr, v_scale_ptr, partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk,
+    num_tokens, num_workers, num_heads,
+    head_tile, num_head_tiles, kv_head, first_head, heads_left, slot_rows, item,
+    stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
+    stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
+    keys, values, half_tile, query_tile, probability_tile, keys_full, values_full, tile_empty,
+    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, QUERIES_PER_TILE: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, SLOT_ROWS: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr, HAS_SINKS: gl.constexpr, RETURN_LSE: gl.constexpr,
+    FORMAT: gl.constexpr, K_SCALE: gl.constexpr, V_SCALE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, FIELDS: gl.constexpr,
+):  # fmt: skip
+    """Attention of a worker's items over the tiles in the ring."""
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])  # of S^T and of O^T
+    COLUMN: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    ROW: gl.constexpr = gl.SliceLayout(1, PRODUCT)
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    MERGE_LANES: gl.constexpr = 32 if HEAD_DIM >= 128 else HEAD_DIM // 4
+    MERGE: gl.constexpr = gl.BlockedLayout([SLOTS, 1, 4], [1, 32 // MERGE_LANES, MERGE_LANES], [1, 4, 1], [2, 1, 0])
+    MERGED_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, MERGE))
+    STORED_DIM: gl.constexpr = keys.shape[2]
+    STORED: gl.constexpr = gl.BlockedLayout([1, 16], [512 // STORED_DIM, STORED_DIM // 16], [4, 1], [1, 0])
+    STORED_ROW: gl.constexpr = gl.SliceLayout(1, STORED)
+    DTYPE: gl.constexpr = query_tile.dtype
+    IS_QUANTIZED: gl.constexpr = FORMAT != "same"
+    shared_scale = load_shared_scale(k_scale_ptr, kv_head, K_SCALE)
+    result_scale = load_shared_scale(v_scale_ptr, kv_head, V_SCALE)
+    column = gl.arange(0, COLUMNS, COLUMN)
+    column_query = column // HEADS
+    column_head = first_head + column % HEADS
+    in_tile = (column_query < QUERIES_PER_TILE) & (column % HEADS < heads_left)
+    dim = gl.arange(0, HEAD_DIM, ROW)
+    out_dim = element_of(dim, HEAD_DIM, FORMAT)
+    copy_row = gl.arange(0, COLUMNS, gl.SliceLayout(1, COPY))
+    copy_query = copy_row // HEADS
+    copy_in_tile = (copy_query < QUERIES_PER_TILE) & (copy_row % HEADS < heads_left)
+    copy_dim = element_of(gl.arange(0, HEAD_DIM, gl.SliceLayout(0, COPY)), HEAD_DIM, FORMAT)
+    merged_row = gl.arange(0, SLOT_ROWS, MERGED_ROW)
+    merged_dim = element_of(gl.arange(0, HEAD_DIM, gl.SliceLayout(0, gl.SliceLayout(0, MERGE))), HEAD_DIM, FORMAT)
+    merged_in_tile = (merged_row // HEADS < QUERIES_PER_TILE) & (merged_row % HEADS < heads_left)
+    padding_tile = item
+    stage = 0
+    phase = 0
+    while item >= 0:
+        item_ptr = items_ptr + item * FIELDS
+        sequence = gl.load(item_ptr)
+        first_row = gl.load(item_ptr + 1)
+        queries = gl.load(item_ptr + 2)
+        first_position = gl.load(item_ptr + 3)
+        slot = gl.load(item_ptr + 6)
+        first_slot = gl.load(item_ptr + 7)
+        num_slots = gl.load(item_ptr + 8)
+        item = gl.load(item_ptr + 10)
+        begin, end = visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL, HAS_CHUNK)
+        query_offset = (first_row + copy_query).to(gl.int64) * stride_query_token
+        query_offset += (first_head + copy_row % HEADS).to(gl.int64) * stride_query_head
+        query = gl.load(
+            query_ptr + query_offset[:, None] + copy_dim[None, :],
+            mask=(copy_in_tile & (copy_query < queries))[:, None], other=0.0,
+        )  # fmt: skip
+        column_scale = gl.full([COLUMNS], logit_scale * shared_scale, gl.float32, COLUMN)
+        if IS_QUANTIZED:
+            query = query.to(gl.float32)
+            largest = gl.max(gl.abs(query), 1)
+            power = gl.exp2(gl.floor(gl.log2(gl.where(largest > 0.0, largest, 1.0))))
+            query = query / power[:, None]
+            column_scale *= gl.convert_layout(power, COLUMN)
+        query_tile.store(query.to(DTYPE))
+        fence_async_shared()
+        synchronize()
+        column_exists = in_tile & (column_query < queries)
+        query_position = first_position + column_query
+        if HAS_ALIBI:
+            slope_log2 = gl.load(alibi_slopes_ptr + column_head, mask=column_exists, other=0.0) * 1.4426950408889634
+        maximum = gl.full([COLUMNS], float("-inf"), gl.float32, COLUMN)
+        weights = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)  # denominators, by the thread that has them
+        accumulator = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, PRODUCT)
+        start = begin // PAGE * PAGE
+        table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
+        if K_SCALE == 3:
+            key_position = start + gl.arange(0, BLOCK_N, ROW)
+            key_blocks = gl.load(table_ptr + gl.minimum(key_position, end - 1) // BLOCK_SIZE, mask=begin < end, other=0)
+        if V_SCALE == 3:
+            value_position = start + gl.arange(0, BLOCK_N, STORED_ROW)
+            value_blocks = gl.load(
+                table_ptr + gl.minimum(value_position, end - 1) // BLOCK_SIZE, mask=begin < end, other=0
+            )
+        while start < end:
+            position = start + gl.arange(0, BLOCK_N, ROW)
+            value_scale = 1.0
+            # A tile's scales are asked for before the tile has come, and the blocks of the next ones with them.
+            if K_SCALE == 3:
+                key_scale = load_token_scales(
+                    k_scale_ptr, key_blocks, position, stride_k_scale_block, stride_k_scale_slot, end, BLOCK_SIZE
+                )
+                key_blocks = gl.load(table_ptr + gl.minimum(position + BLOCK_N, end - 1) // BLOCK_SIZE)
+            if V_SCALE == 3:
+                value_position = start + gl.arange(0, BLOCK_N, STORED_ROW)
+                value_scale = load_token_scales(
+                    v_scale_ptr, value_blocks, value_position, stride_v_scale_block, stride_v_scale_slot, end,
+                    BLOCK_SIZE,
+                )  # fmt: skip
+                value_blocks = gl.load(table_ptr + gl.minimum(value_position + BLOCK_N, end - 1) // BLOCK_SIZE)
+            mbarrier.wait(keys_full.index(stage), phase)
+            logits = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)
+            if IS_QUANTIZED:
+                dequantize(keys.index(stage), half_tile, 1.0, FORMAT, False, STORED)
+                fence_async_shared()
+                synchronize()
+                logits = warpgroup_mma(half_tile, query_tile.permute((1, 0)), logits, use_acc=False)
+            else:
+                logits = warpgroup_mma(keys.index(stage), query_tile.permute((1, 0)), logits, use_acc=False)
+            logits *= column_scale[None, :]
+            if K_SCALE == 3:
+                logits *= key_scale[:, None]
+            if HAS_SOFTCAP:
+                logits = tanh(logits) * softcap_log2
+            distance = query_position[None, :] - position[:, None]
+            if HAS_ALIBI:
+                logits -= slope_log2[None, :] * gl.abs(distance).to(gl.float32)
+            sees = ((position >= begin) & (position < end))[:, None] & (query_position >= 0)[None, :]
+            if CAUSAL:
+                sees = sees & (distance >= 0)
+            if HAS_WINDOW:
+                sees = sees & (gl.abs(distance) < sliding_window)
+            if HAS_CHUNK:
+                query_chunk = gl.maximum(query_position, 0) // attention_chunk
+                sees = sees & (query_chunk[None, :] == (position // attention_chunk)[:, None])
+            logits = gl.where(sees, logits, float("-inf"))
+            new_maximum = gl.maximum(maximum, gl.max(logits, 0))
+            shift = finite_shift(new_maximum)
+            probabilities = gl.exp2(logits - shift[None, :])
+            correction = gl.exp2(maximum - shift)
+            weights = weights * correction[None, :] + probabilities
+            accumulator *= correction[None, :]
+            maximum = new_maximum
+            probability_tile.store(gl.permute(probabilities.to(DTYPE), (1, 0)))
+            fence_async_shared()
+            synchronize()
+            mbarrier.wait(values_full.index(stage), phase)
+            if IS_QUANTIZED:
+                dequantize(values.index(stage), half_tile, value_scale, FORMAT, V_SCALE == 3, STORED)
+                fence_async_shared()
+                synchronize()
+                if (start < begin) | (start + BLOCK_N > end):
+                    clear_rows(half_tile, start, begin, end, COPY)
+                accumulator = warpgroup_mma(half_tile.permute((1, 0)), probability_tile.permute((1, 0)), accumulator)
+            else:
+                if (start < begin) | (start + BLOCK_N > end):
+                    clear_rows(values.index(stage), start, begin, end, COPY)
+                accumulator = warpgroup_mma(
+                    values.index(stage).permute((1, 0)), probability_tile.permute((1, 0)), accumulator
+                )
+            synchronize()  # all warps have read the tile
+            mbarrier.arrive(tile_empty.index(stage), count=1)
+            start += BLOCK_N
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        denominator = gl.sum(weights, 0)
+        denominator = gl.where(denominator == 0.0, 1.0, denominator)
+        result = accumulator * (1.0 / denominator)[None, :]
+        lse = maximum + gl.log2(denominator)
+        if slot < 0:
+            row_token = (first_row + column_query).to(gl.int64)
+            if HAS_SINKS:
+                has_sink = column_exists & (query_position >= 0)
+                sink = gl.load(sinks_ptr + column_head, mask=has_sink, other=float("-inf")) * 1.4426950408889634
+                weight, lse = add_sink(lse, sink)
+                result *= weight[None, :]
+            result *= result_scale
+            out_offset = row_token * stride_out_token + column_head.to(gl.int64) * stride_out_head
+            gl.store(
+                out_ptr + out_offset[None, :] + out_dim[:, None], result.to(out_ptr.dtype.element_ty),
+                mask=column_exists[None, :],
+            )  # fmt: skip
+            if RETURN_LSE:
+                lse_ptrs = lse_ptr + row_token * num_heads + column_head
+                gl.store(lse_ptrs, lse * 0.6931471805599453, mask=column_exists)
+        else:
+            partial_row = (slot * num_head_tiles + head_tile) * slot_rows + column
+            gl.store(partials_ptr + partial_row[None, :] * HEAD_DIM + dim[:, None], result, mask=column_exists[None, :])
+            gl.store(partials_ptr + partial_lse_offset + partial_row, lse, mask=column_exists)
+            synchronize()  # all threads have stored before one of them says so
+            arrivals_ptr = counts_ptr + 4 + first_slot * num_head_tiles + head_tile
+            if gl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == num_slots - 1:
+                gl.store(arrivals_ptr, 0)  # as the next layer expects it
+                merged_exists = merged_in_tile & (merged_row // HEADS < queries)
+                merged, merged_lse = merge_partials(
+                    partials_ptr, partials_ptr + partial_lse_offset, first_slot, num_slots, head_tile, num_head_tiles,
+                    slot_rows, merged_exists, HEAD_DIM, SLOTS, MERGE,
+                )  # fmt: skip
+                merged_token = (first_row + merged_row // HEADS).to(gl.int64)
+                merged_head = first_head + merged_row % HEADS
+                if HAS_SINKS:
+                    merged_has_sink = merged_exists & (first_position + merged_row // HEADS >= 0)
+                    merged_sink = (
+                        gl.load(sinks_ptr + merged_head, mask=merged_has_sink, other=float("-inf")) * 1.4426950408889634
+                    )
+                    merged_weight, merged_lse = add_sink(merged_lse, merged_sink)
+                    merged *= merged_weight[:, None]
+                merged *= result_scale
+                merged_offset = merged_token * stride_out_token + merged_head.to(gl.int64) * stride_out_head
+                gl.store(
+                    out_ptr + merged_offset[:, None] + merged_dim[None, :], merged.to(out_ptr.dtype.element_ty),
+                    mask=merged_exists[:, None],
+                )  # fmt: skip
+                if RETURN_LSE:
+                    merged_lse_ptrs = lse_ptr + merged_token * num_heads + merged_head
+                    gl.store(merged_lse_ptrs, merged_lse * 0.6931471805599453, mask=merged_exists)
+
+    token = gl.load(counts_ptr + 1) + padding_tile * QUERIES_PER_TILE
+    while token < num_tokens:  # rows that belong to no sequence
+        row_token = (token + column_query).to(gl.int64)
+        exists = in_tile & (row_token < num_tokens)
+        out_offset = row_token * stride_out_token + column_head.to(gl.int64) * stride_out_head
+        zeros = gl.zeros([HEAD_DIM, COLUMNS], out_ptr.dtype.element_ty, PRODUCT)
+        gl.store(out_ptr + out_offset[None, :] + dim[:, None], zeros, mask=exists[None, :])
+        if RETURN_LSE:
+            empty = gl.full([COLUMNS], float("-inf"), gl.float32, COLUMN)
+            gl.store(lse_ptr + row_token * num_heads + column_head, empty, mask=exists)
+        token += num_workers * QUERIES_PER_TILE
+
+
+# --- kernel -----------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "partial_lse_offset",
+        "logit_scale",
+        "softcap_log2",
+        "sliding_window",
+        "attention_chunk",
+        "num_tokens",
+        "num_workers",
+        "slot_rows",
+    ],
+)
+def hopper_decode_kernel(
+    key_descriptor,
+    value_descriptor,
+    out_ptr,
+    lse_ptr,
+    partials_ptr,
+    query_ptr,
+    block_table_ptr,
+    items_ptr,
+    counts_ptr,
+    alibi_slopes_ptr,
+    sinks_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    partial_lse_offset,
+    logit_scale,
+    softcap_log2,
+    sliding_window,
+    attention_chunk,
+    num_tokens,
+    num_workers,
+    num_kv_heads,
+    slot_rows,
+    stride_out_token,
+    stride_out_head,
+    stride_query_token,
+    stride_query_head,
+    stride_table_sequence,
+    key_block_rows,
+    key_head_rows,
+    key_head_columns,
+    value_block_rows,
+    value_head_rows,
+    value_head_columns,
+    stride_k_scale_block,
+    stride_k_scale_slot,
+    stride_k_scale_head,
+    stride_v_scale_block,
+    stride_v_scale_slot,
+    stride_v_scale_head,
+    GROUP: gl.constexpr,
+    HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    QUERIES_PER_TILE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    PAGE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr,
+    SLOT_ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    SAME_ROWS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    HAS_CHUNK: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+    RETURN_LSE: gl.constexpr,
+    FORMAT: gl.constexpr,
+    K_SCALE: gl.constexpr,
+    V_SCALE: gl.constexpr,
+    FIELDS: gl.constexpr,
+):
+    TILES_PER_KV_HEAD: gl.constexpr = (GROUP + HEADS - 1) // HEADS
+    STORED_TYPE: gl.constexpr = key_descriptor.dtype
+    STORED_DIM: gl.constexpr = HEAD_DIM // 2 if FORMAT == "int4" else HEAD_DIM
+    DTYPE: gl.constexpr = query_ptr.dtype.element_ty if FORMAT == "same" else gl.float16
+    num_head_tiles = num_kv_heads * TILES_PER_KV_HEAD
+    head_tile = gl.program_id(0) % num_head_tiles
+    worker = gl.program_id(0) // num_head_tiles
+    kv_head = head_tile // TILES_PER_KV_HEAD
+    head_of_group = (head_tile % TILES_PER_KV_HEAD) * HEADS
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    keys = gl.allocate_shared_memory(STORED_TYPE, [STAGES, BLOCK_N, STORED_DIM], key_descriptor.layout)
+    values = gl.allocate_shared_memory(STORED_TYPE, [STAGES, BLOCK_N, STORED_DIM], value_descriptor.layout)
+    half_tile = keys.index(0)  # of the keys, then of the values that the consumer is at; nothing uses this one
+    if FORMAT != "same":
+        half_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], swizzled)
+        if K_SCALE == 3:
+            k_scale_ptr += kv_head.to(gl.int64) * stride_k_scale_head
+        if V_SCALE == 3:
+            v_scale_ptr += kv_head.to(gl.int64) * stride_v_scale_head
+    query_tile = gl.allocate_shared_memory(DTYPE, [COLUMNS, HEAD_DIM], swizzled)
+    probability_tile = gl.allocate_shared_memory(DTYPE, [COLUMNS, BLOCK_N], swizzled)
+    keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    tile_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_full.index(stage), count=1)
+        mbarrier.init(values_full.index(stage), count=1)
+        mbarrier.init(tile_empty.index(stage), count=1)
+    warmed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(warmed, count=1)
+    # Into the stage that is filled last; the producer waits for it there.
+    warm_copy_engine(
+        key_descriptor, value_descriptor, keys.index(STAGES - 1), warmed,
+        PAGE, PAGE * STORED_DIM * STORED_TYPE.primitive_bitwidth // 8,
+    )  # fmt: skip
+    wait_for_launches_before()
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    out_ptr, lse_ptr, partials_ptr, query_ptr, block_table_ptr, items_ptr, counts_ptr, alibi_slopes_ptr,
+                    sinks_ptr, k_scale_ptr, v_scale_ptr,
+                    partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens,
+                    num_workers, num_kv_heads * GROUP, head_tile, num_head_tiles, kv_head,
+                    kv_head * GROUP + head_of_group, GROUP - head_of_group, slot_rows, worker,
+                    stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
+                    stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
+                    keys, values, half_tile, query_tile, probability_tile,
+                    keys_full, values_full, tile_empty,
+                    HEADS, HEAD_DIM, COLUMNS, QUERIES_PER_TILE, PAGE, BLOCK_N, SLOTS, SLOT_ROWS, STAGES,
+                    CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI, HAS_SINKS, RETURN_LSE,
+                    FORMAT, K_SCALE, V_SCALE, BLOCK_SIZE, FIELDS,
+                ),
+            ),
+            (
+                produce,
+                (
+                    key_descriptor, value_descriptor, block_table_ptr, items_ptr, worker, stride_table_sequence,
+                    key_block_rows, value_block_rows, kv_head * key_head_rows, kv_head * key_head_columns,
+                    kv_head * value_head_rows, kv_head * value_head_columns, attention_chunk, sliding_window,
+                    keys, values, keys_full, values_full, tile_empty, warmed,
+                    BLOCK_SIZE, PAGE, BLOCK_N, BLOCK_N * STORED_DIM * STORED_TYPE.primitive_bitwidth // 8,
+                    SAME_ROWS, CAUSAL, HAS_CHUNK, STAGES, FIELDS,
+                ),
+            ),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
+    mbarrier.wait(warmed, 0)  # shared memory is not given up while something may still be written there
+
+
+# --- launching --------------------------------------------------------------------------------------------------------
+
+
+class PreparedHopperDecode:
+    """All of a call that follows from shapes, strides, dtypes and host numbers, for any tensors that share them."""
+
+    __slots__ = ("_descriptors", "_key_rows", "_launch", "_page", "_partial_elements", "_value_rows")
+
+    def __init__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        block_table: Tensor,
+        tiling: AttentionTiling,
+        hopper: HopperDecodeLaunch,
+        options: AttentionOptions,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        num_tokens, num_heads, head_size = query.shape
+        num_kv_heads = key_cache.shape[2]
+        partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
+        self._partial_elements = partial_rows * (head_size + 1)
+        self._page = hopper.page
+        self._descriptors: dict[tuple[int, int], Descriptors] = {}
+        self._key_rows, self._value_rows = key_rows, value_rows = hopper.key_rows, hopper.value_rows
+        softcap = options.softcap
+        strides = (
+            *out.stride()[:2], *query.stride()[:2], block_table.stride(0),
+            key_rows.block_rows, key_rows.head_rows, key_rows.head_columns,
+            value_rows.block_rows, value_rows.head_rows, value_rows.head_columns,
+            *token_strides(options.k_scale), *token_strides(options.v_scale),
+        )  # fmt: skip
+        constants = (
+            num_heads // num_kv_heads, tiling.heads_per_tile, head_size, hopper.columns,
+            tiling.slot_rows // tiling.heads_per_tile,
+            key_cache.shape[1], hopper.page, hopper.block_n, hopper.slots, hopper.slot_rows, hopper.stages,
+            key_rows.block_rows == value_rows.block_rows,
+            options.causal, options.sliding_window is not None, options.attention_chunk is not None,
+            softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
+            FORMATS.get(key_cache.dtype, "same"), scale_mode(options.k_scale), scale_mode(options.v_scale), ITEM_FIELDS,
+        )  # fmt: skip
+        compiler_options: dict[str, Any] = {} if hopper.max_registers is None else {"maxnreg": hopper.max_registers}
+        self._launch = launch_hopper_decode.prepare(
+            (query.dtype, key_cache.dtype, out.dtype, specialized((num_kv_heads, *strides)), constants),
+            (tiling.workers * tiling.head_tiles, 1),
+            query.device,
+            (
+                partial_rows * head_size,
+                options.scale * LOG2E if softcap is None else options.scale / softcap,
+                0.0 if softcap is None else softcap * LOG2E,
+                options.sliding_window or 0,
+                options.attention_chunk or 0,
+                num_tokens,
+                tiling.workers,
+                num_kv_heads,
+                tiling.slot_rows,
+                *strides,
+                *constants,
+            ),
+            num_warps=4,
+            launch_pdl=True,
+            enable_fp_fusion=True,
+            **compiler_options,
+        )
+
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_table: Tensor,
+        plan: tuple[Tensor, Tensor] | list[Tensor],
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        k_scale: Tensor | None,
+        v_scale: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """Write attention into ``out`` [T, Hq, D] and its log-sum-exp into ``lse`` (fp32 [T, Hq])."""
+        items, counts = plan
+        partials = torch.empty(self._partial_elements, dtype=torch.float32, device=query.device)
+        self._launch(
+            (out, lse, partials, query, block_table, items, counts, alibi_slopes, sinks, k_scale, v_scale),
+            self._describe(key_cache, value_cache),
+        )
+
+    def _describe(self, key_cache: Tensor, value_cache: Tensor) -> Descriptors:
+        """Descriptors of a layer's caches; those of other layers differ in their addresses alone."""
+        addresses = (key_cache.data_ptr(), value_cache.data_ptr())
+        found = self._descriptors.get(addresses)
+        if found is None:
+            if len(self._descriptors) >= MAX_DESCRIBED:
+                self._descriptors.clear()
+            found = Descriptors(
+                describe(key_cache, self._key_rows, self._page),
+                describe(value_cache, self._value_rows, self._page),
+            )
+            self._descriptors[addresses] = found
+        return found
+
+
+MAX_DESCRIBED = 1024  # layers
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a descriptor needs of a tensor, without keeping its memory."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def describe(cache: Tensor, rows: CacheRows, page: int) -> Any:
+    """What the copy engine needs to know of a cache to fetch its pages."""
+    layout = swizzled_layout(cache.shape[3] * cache.element_size(), cache.element_size() * 8)
+    return TensorDescriptor(
+        Address(cache.data_ptr(), cache.dtype),
+        [rows.num_rows, rows.num_columns],
+        [cache.stride(1), 1],
+        [page, cache.shape[3]],
+        layout,
+    )
+
+
+@lru_cache
+def swizzled_layout(row_bytes: int, element_bits: int) -> Any:
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, row_bytes), element_bitwidth=element_bits, rank=2)
+
+
+FORMATS = {torch.float8_e4m3fn: "float8", torch.float8_e5m2: "float8", torch.int8: "int8", torch.uint8: "int4"}
+launch_hopper_decode = Launcher(hopper_decode_kernel)
