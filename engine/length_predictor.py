@@ -76,8 +76,12 @@ class MeanLengthPredictor:
 
 
 def expected_output_tokens(request: Request, predictor: LengthPredictor) -> float:
-    """The client's estimate if it gave one, else the predictor's; at most what the request may have."""
-    expected = request.scheduling.expected_output_tokens
-    if expected is None:
-        return predictor.predict(request)
-    return float(min(expected, request.max_num_tokens - request.num_prompt_tokens))
+    """The client's estimate if it gave one, else the predictor's; at most what the request may have.
+
+    The predictor is asked once, so that a request's place in line does not depend on when it is looked at.
+    """
+    if request.expected_output_tokens is None:
+        expected = request.scheduling.expected_output_tokens
+        bound = float(request.max_num_tokens - request.num_prompt_tokens)
+        request.expected_output_tokens = min(predictor.predict(request) if expected is None else expected, bound)
+    return request.expected_output_tokens

@@ -21,7 +21,8 @@ class Request:
     are in seconds of the engine's clock, None until they happen.
 
     The scheduler's own: ``queue_time`` and ``queue_number`` are its place in line, by time and among equal times;
-    ``num_overtaken`` counts who joined past it; ``is_billed`` says that its client was charged for the prompt.
+    ``num_overtaken`` counts who joined past it; ``expected_output_tokens`` is an estimate, None until somebody asked;
+    ``is_billed`` says that its client was charged for the prompt.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Request:
         self.queue_time = arrival_time
         self.queue_number = 0
         self.num_overtaken = 0
+        self.expected_output_tokens: float | None = None
         self.is_billed = False
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None

@@ -94,7 +94,7 @@ class _StepInTheMaking:
     may_prefill: bool  # False: only decodes run, and one prefill where there is none
     num_tokens: dict[Request, int] = field(default_factory=dict)
     uncut: dict[Request, int] = field(default_factory=dict)  # under "equal_chunks", not yet taken from the budget
-    num_uncut_tokens: int = 0
+    num_promised_tokens: int = 0  # of them: one unit each, or less where less is left of a prompt
     joined: list[Request] = field(default_factory=list)
     starved: list[Request] = field(default_factory=list)  # found no block
     preempted: list[Request] = field(default_factory=list)
@@ -245,9 +245,8 @@ class Scheduler:
         if prefill == "whole_within_budget":
             return num_tokens if num_tokens <= max(budget, 1) or not step.num_tokens else 0
         if prefill == "equal_chunks":  # cut in the end, when it is known how many there are
-            fits = step.num_uncut_tokens + num_tokens <= budget
-            has_chunk = len(step.uncut) < budget // self._chunk_unit
-            return num_tokens if fits or has_chunk or not step.num_tokens else 0
+            has_chunk = step.num_promised_tokens + min(num_tokens, self._chunk_unit) <= budget
+            return num_tokens if has_chunk or not step.num_tokens else 0
         if num_tokens <= budget:
             return num_tokens
         return budget - budget % self._chunk_unit or (0 if step.num_tokens else budget)
@@ -256,7 +255,7 @@ class Scheduler:
         step.num_tokens[request] = num_tokens
         if self.policy.prefill == "equal_chunks" and (num_tokens > 1 or step.uncut):
             step.uncut[request] = num_tokens
-            step.num_uncut_tokens += num_tokens
+            step.num_promised_tokens += min(num_tokens, self._chunk_unit)
         else:
             step.token_budget -= num_tokens
 
@@ -266,13 +265,13 @@ class Scheduler:
         if step.uncut.pop(request, None) is None:
             step.token_budget += num_tokens
         else:
-            step.num_uncut_tokens -= num_tokens
+            step.num_promised_tokens -= min(num_tokens, self._chunk_unit)
 
     def _cut_equal_chunks(self, step: _StepInTheMaking) -> None:
         """Share the budget among the prompts: each gets the same, but no more than it needs; what is left goes to the
         first ones."""
         open_prompts, budget, unit = step.uncut, step.token_budget, self._chunk_unit
-        if step.num_uncut_tokens <= budget:
+        if sum(open_prompts.values()) <= budget:
             return
         share = 0
         while open_prompts:

@@ -226,8 +226,8 @@ def bytes_to_half(packed, BIAS: gl.constexpr):
 
 
 @gluon.jit
-def dequantize_rows(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Write stored rows [ROWS, D] (int4: [ROWS, D / 2]) as fp16, times scale [ROWS] if there is one."""
+def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Write a stored tile [BLOCK_N, D] (int4: [BLOCK_N, D / 2]) as fp16, times scale [BLOCK_N] if there is one."""
     numbers = stored.load(LAYOUT)
     if FORMAT == "int4":
         HALF: gl.constexpr = stored.shape[1]
@@ -246,19 +246,6 @@ def dequantize_rows(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.con
         if HAS_SCALE:
             values = (values.to(gl.float32) * scale[:, None]).to(gl.float16)
         tile.store(values)
-
-
-@gluon.jit
-def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Write a stored tile as fp16, as ``dequantize_rows``; without scales a part at a time, to hold few registers."""
-    if HAS_SCALE:
-        dequantize_rows(stored, tile, scale, FORMAT, HAS_SCALE, LAYOUT)
-    else:
-        PART: gl.constexpr = 32
-        for part in gl.static_range(stored.shape[0] // PART):
-            dequantize_rows(
-                stored.slice(part * PART, PART), tile.slice(part * PART, PART), scale, FORMAT, HAS_SCALE, LAYOUT
-            )
 
 
 @gluon.jit

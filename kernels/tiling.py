@@ -203,7 +203,6 @@ def choose_launch(
 
 HOPPER_HEAD_SIZES = (64, 128, 256)
 HOPPER_BLOCK_N = 64  # keys of a tile: the rows of one warp-group product
-HOPPER_QUANTIZED_BLOCK_N = 128  # a tile costs its barriers, and one of 64 quantized keys holds little else
 HOPPER_SHARED_MEMORY = 232_448  # bytes that one thread block may use
 HOPPER_HALF_SHARED_MEMORY = 115_712  # that each of two on a multiprocessor may use
 HOPPER_IN_FLIGHT = 131_072  # bytes that a multiprocessor asks for at a time: more only disorders the memory's queues
@@ -273,9 +272,7 @@ def choose_hopper_decode(
 
     ``cache_itemsize``: bytes of an element as stored, 0.5 for int4.
     """
-    is_quantized = cache_itemsize < 2
-    block_n = HOPPER_QUANTIZED_BLOCK_N if is_quantized else HOPPER_BLOCK_N
-    page = min(block_size & -block_size, block_n)
+    page = min(block_size & -block_size, HOPPER_BLOCK_N)
     is_served = tiling.workers > 0 and head_size == head_size_v and head_size in HOPPER_HEAD_SIZES
     # Halves of an int4 tile are tiles of whole swizzles.
     if not is_served or page < MIN_PAGE or (cache_itemsize < 1 and head_size < 128) or cache_itemsize > 2:
@@ -286,10 +283,10 @@ def choose_hopper_decode(
         return None
     is_half = head_size <= 128  # of a multiprocessor
     available = HOPPER_HALF_SHARED_MEMORY if is_half else HOPPER_SHARED_MEMORY
-    available -= columns * (head_size + block_n) * 2 + 4096  # query, probabilities; barriers and reductions
-    if is_quantized:
-        available -= block_n * head_size * 2  # the tile that was dequantized
-    stage = int(2 * block_n * head_size * cache_itemsize)
+    available -= columns * (head_size + HOPPER_BLOCK_N) * 2 + 4096  # query, probabilities; barriers and reductions
+    if cache_itemsize < 2:
+        available -= HOPPER_BLOCK_N * head_size * 2  # the tile that was dequantized
+    stage = int(2 * HOPPER_BLOCK_N * head_size * cache_itemsize)
     in_flight = HOPPER_IN_FLIGHT // (2 if is_half else 1)
     stages = min(available // stage, max(2, in_flight // stage))
     if stages < 2:
@@ -297,7 +294,7 @@ def choose_hopper_decode(
     return HopperDecodeLaunch(
         columns=columns,
         page=page,
-        block_n=block_n,
+        block_n=HOPPER_BLOCK_N,
         stages=stages,
         slots=max(1, min(16, 8192 // (slot_rows * head_size))),
         slot_rows=slot_rows,

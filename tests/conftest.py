@@ -15,6 +15,10 @@ from tests.device import IS_CUDA
 CPU_ONLY = ("test_attention_reference.py", "test_compile.py")
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one process a core: more threads would only wait for each other
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--error-table", type=Path, help="write the table of errors over budget to this JSON file")
 

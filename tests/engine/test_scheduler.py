@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 
 from pagedattn.engine.block_manager import BlockManager
+from pagedattn.engine.orders import resolve_order
 from pagedattn.engine.policy import POLICIES, BatchingPolicy, resolve_policy
 from pagedattn.engine.request import Request
 from pagedattn.engine.scheduler import RequestRejectedError, Scheduler, StepPlan
+from pagedattn.engine.waiting_queue import FairQueue
 from tests.engine.scheduler_run import SchedulerRun, make_request
 
 
@@ -18,12 +20,14 @@ def make_scheduler(
     block_size: int = 4,
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 32,
+    order: str = "fcfs",
 ) -> Scheduler:
     return Scheduler(
         BlockManager(num_blocks, block_size),
         resolve_policy(policy),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        order=resolve_order(order),
     )
 
 
@@ -263,6 +267,7 @@ def test_tgi_unchunked_stops_decodes_for_enough_newcomers_or_after_patience() ->
     scheduler.add(make_request("two", 12, 60))
     assert run_counts(scheduler, 1) == [old]  # two wait, but only one fits the budget of 16
     assert line(scheduler) == ["one", "two"]
+    scheduler.check_integrity()  # that one had joined for a moment left no trace
     scheduler.add(make_request("three", 4, 60))
     steps = run_counts(scheduler, 17)
     assert steps[:-1] == [old] * 16
@@ -309,6 +314,43 @@ def test_transformers_takes_blocks_from_starved_requests_only_and_closes_the_doo
     assert scheduler.block_manager.num_free == 1
     assert counts(run.step()) == {"a": 1}  # c would fit, but nobody joins before one has ended
     assert set(counts(run.step())) == {"b", "c"}
+
+    scheduler = make_scheduler("transformers", num_blocks=6, block_size=2)
+    for name, max_tokens in (("a", 3), ("b", 8), ("c", 6)):
+        scheduler.add(make_request(name, 4, max_tokens))
+    run = SchedulerRun(scheduler)
+    seen = [set(counts(run.step()))]
+    scheduler.add(make_request("d", 1, 2, arrival_time=1.0))
+    seen += [set(counts(run.step())) for _ in range(3)]
+    assert seen == [set("abc"), set("ab"), set("ab"), set("bd")]  # a has ended, and c is still too large
+
+
+def test_an_order_by_priority_chooses_the_victim() -> None:
+    for order, victims in (("fcfs", {"c"}), ("priority", {"b"}), ("priority-fair", {"b"})):
+        scheduler = make_scheduler("vllm", num_blocks=7, block_size=2, order=order)
+        for name, priority in (("a", 1), ("b", 2), ("c", 0)):
+            scheduler.add(make_request(name, 4, 3, priority=priority))
+        run = SchedulerRun(scheduler)
+        plans = [run.step() for _ in range(2)]
+        assert {request.request_id for request in plans[1].preempted} == victims
+        assert set(counts(plans[1])) == set("abc") - victims
+
+
+def test_who_joined_for_a_moment_is_not_charged() -> None:
+    scheduler = make_scheduler(
+        "tgi-unchunked", num_blocks=400, max_num_seqs=32, max_num_batched_tokens=16, order="fair"
+    )
+    for index in range(8):
+        scheduler.add(make_request(f"old {index}", 2, 60, client_id="old"))
+    run_counts(scheduler, 1)
+    queue = scheduler.waiting
+    assert isinstance(queue, FairQueue)
+    scheduler.add(make_request("one", 5, 60, client_id="new"))
+    scheduler.add(make_request("two", 12, 60, client_id="new"))
+    counter = queue.counter("new")
+    run_counts(scheduler, 3)
+    assert len(scheduler.running) == 8, "one fits and two do not, which is too few to stop eight"
+    assert queue.counter("new") == counter
 
 
 def test_small_requests_pass_one_that_does_not_fit_but_not_forever() -> None:
