@@ -36,7 +36,7 @@ MORE_POLICIES: dict[str, BatchingPolicy] = {
     ),
 }
 STEPS_PER_CASE = 300  # (10 policies x 7 orders + 8 policies) x 300 > 20,000
-EXAMPLES_PER_CASE = 16
+EXAMPLES_PER_CASE = 22
 
 
 class SchedulerMachine(RuleBasedStateMachine):
