@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from pagedattn.engine.batch import BatchTensors
-from pagedattn.engine.model import Decoder, KVCache, LayerCache
+from pagedattn.engine.kv_cache import KVCache, LayerCache
+from pagedattn.engine.model import Decoder
 from pagedattn.engine.weights import load_model
 from pagedattn.kernels.quantization import LARGEST
 
@@ -46,8 +47,8 @@ def window_batch(tokens: Tensor) -> BatchTensors:
     return BatchTensors(
         input_ids=tokens,
         positions=torch.arange(count, device=device),
-        slot_mapping=torch.arange(count, device=device),
-        block_table=torch.arange(blocks, dtype=torch.int32, device=device)[None],
+        slot_mapping=torch.arange(count, device=device)[None],
+        block_table=torch.arange(blocks, dtype=torch.int32, device=device)[None, None],
         seq_lens=torch.tensor([count], dtype=torch.int32, device=device),
         query_start_loc=torch.tensor([0, count], dtype=torch.int32, device=device),
         logits_indices=torch.arange(count, device=device),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kv_memory
 from benchmarks.attention_systems import OURS
 from benchmarks.engine import table
 from benchmarks.kernel_summary import SECTIONS
@@ -100,9 +101,22 @@ def kernels_caption(document: dict[str, Any]) -> str:
     )
 
 
+def kv_memory_block(document: dict[str, Any]) -> str:
+    """The tables of ``benchmarks.kv_memory``."""
+    versions = document["versions"]
+    caption = (
+        f"{document['model']} in {document['dtype']}, {document['device']}, {document['threads']} threads, "
+        f"{document['date']}; torch {versions['torch']}. {document['num_questions']} requests, "
+        f"{document['max_tokens']} tokens each; medians of {document['num_rounds']} interleaved rounds, load average "
+        f"before {document['load_average_before']:.1f}."
+    )
+    return f"{caption}\n\n{kv_memory.tables(document)}"
+
+
 # Of each block: the file of results that it is made from, and how.
 MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "engine-cpu": ("engine-cpu", engine_block),
+    "kv-memory-cpu": ("kv-memory-cpu", kv_memory_block),
     "kv-quantization": ("kv-quantization", kv_quantization_block),
     "h100-kernels": ("h100-kernels", kernels_block),
     "h100-kernels-summary": ("h100-kernels", kernels_summary_block),

@@ -64,6 +64,7 @@ class Paged:
             max_num_seqs=batch_size,
             block_size=block_size,
             num_blocks=sum(blocks[:batch_size]) + batch_size,
+            enable_prefix_caching=False,  # or the second round would find the first one's prompts
         ).engine
 
     def run(self, trace: Trace) -> Run:

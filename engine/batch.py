@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.scheduler import StepPlan
 
 
@@ -15,13 +16,14 @@ from pagedattn.engine.scheduler import StepPlan
 class BatchTensors:
     """One step for the decoder: ``T`` rows (tokens, then padding), ``B`` sequences, ``L`` rows that get logits.
 
+    ``G`` groups of layers (layer_groups.py) have block tables of their own; a model whose layers are alike has one.
     Rows past ``query_start_loc[B]`` are padding: id 0, position 0, slot -1; the ops write zeros there.
     """
 
     input_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
-    slot_mapping: Tensor  # int64 [T]; -1 = padding row
-    block_table: Tensor  # int32 [B, max_blocks]
+    slot_mapping: Tensor  # int64 [G, T]; -1 = padding row
+    block_table: Tensor  # int32 [G, B, max_blocks]
     seq_lens: Tensor  # int32 [B]; tokens in the cache, this step's included
     query_start_loc: Tensor  # int32 [B + 1]
     logits_indices: Tensor  # int64 [L]
@@ -29,9 +31,12 @@ class BatchTensors:
     max_seq_len: int
 
 
-def prepare_batch(plan: StepPlan, block_size: int, device: torch.device | str) -> BatchTensors:
+def prepare_batch(
+    plan: StepPlan, block_size: int, device: torch.device | str, *, num_groups: int = 1, null_block: int = 0
+) -> BatchTensors:
     """Lay the plan's sequences one after the other, padding rows last, on ``device``.
 
+    ``null_block`` stands in the tables for blocks that a group's window has left behind: nothing there is seen.
     The plan must schedule at least one request. Built in numpy: a torch call per sequence would cost more than the step
     has on a small model.
     """
@@ -55,14 +60,16 @@ def prepare_batch(plan: StepPlan, block_size: int, device: torch.device | str) -
     positions[:num_tokens] = np.arange(num_tokens) + np.repeat(starts - query_start_loc[:-1], query_lens)
 
     num_blocks = -(-seq_lens // block_size)
-    block_table = np.zeros((len(scheduled), int(num_blocks.max())), dtype=np.int32)
+    block_table = np.zeros((len(scheduled), int(num_blocks.max()), num_groups), dtype=np.int32)
     for row, item, count in zip(block_table, scheduled, num_blocks.tolist(), strict=True):
-        row[:count] = item.request.block_ids[:count]
+        row[:count] = np.reshape(item.request.block_ids[: count * num_groups], (count, num_groups))
+    block_table[block_table == NO_BLOCK] = null_block
 
-    slot_mapping = np.full(num_rows, -1, dtype=np.int64)
+    slot_mapping = np.full((num_groups, num_rows), -1, dtype=np.int64)
     sequence_of_row = np.repeat(np.arange(len(scheduled)), query_lens)
     block_of_row, offsets = np.divmod(positions[:num_tokens], block_size)
-    slot_mapping[:num_tokens] = block_table[sequence_of_row, block_of_row].astype(np.int64) * block_size + offsets
+    block_ids = block_table[sequence_of_row, block_of_row].astype(np.int64)
+    slot_mapping[:, :num_tokens] = block_ids.T * block_size + offsets
 
     needs_sample = np.array([item.needs_sample for item in scheduled], dtype=bool)
 
@@ -73,7 +80,7 @@ def prepare_batch(plan: StepPlan, block_size: int, device: torch.device | str) -
         input_ids=on_device(input_ids),
         positions=on_device(positions),
         slot_mapping=on_device(slot_mapping),
-        block_table=on_device(block_table),
+        block_table=on_device(np.ascontiguousarray(block_table.transpose(2, 0, 1))),
         seq_lens=on_device(seq_lens.astype(np.int32)),
         query_start_loc=on_device(query_start_loc.astype(np.int32)),
         logits_indices=on_device(query_start_loc[1:][needs_sample] - 1),

@@ -22,7 +22,7 @@ from pagedattn.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pagedattn.engine.llm import LLM
-    from pagedattn.engine.outputs import RequestOutput
+    from pagedattn.engine.outputs import CompletionOutput, RequestOutput
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 LINE_KEYS = ("custom_id", *PROMPT_KEYS, "params")
@@ -219,24 +219,31 @@ def _add(llm: LLM, request: BatchRequest) -> str:
 
 
 def _result(custom_id: str, output: RequestOutput) -> dict[str, Any]:
-    choice = output.outputs[0]
+    choices = [_choice(choice) for choice in output.outputs]
     num_prompt_tokens = len(output.prompt_token_ids)
+    num_completion_tokens = sum(len(choice.token_ids) for choice in output.outputs)
     result: dict[str, Any] = {
         "custom_id": custom_id,
-        "text": choice.text,
-        "finish_reason": choice.finish_reason,
+        **choices[0],
         "usage": {
             "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": len(choice.token_ids),
-            "total_tokens": num_prompt_tokens + len(choice.token_ids),
+            "completion_tokens": num_completion_tokens,
+            "total_tokens": num_prompt_tokens + num_completion_tokens,
         },
         "error": output.error,
     }
+    if len(choices) > 1:
+        result["choices"] = choices
+    return result
+
+
+def _choice(choice: CompletionOutput) -> dict[str, Any]:
+    fields: dict[str, Any] = {"text": choice.text, "finish_reason": choice.finish_reason}
     if choice.logprobs is not None:
-        result["logprobs"] = [
+        fields["logprobs"] = [
             {str(token_id): entry.logprob for token_id, entry in position.items()} for position in choice.logprobs
         ]
-    return result
+    return fields
 
 
 def _failure(custom_id: str, message: str) -> dict[str, Any]:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 
 import torch
 
 from pagedattn.engine.batch import prepare_batch
 from pagedattn.engine.block_manager import BlockManager
-from pagedattn.engine.model import Decoder, KVCache
+from pagedattn.engine.kv_cache import KVCache
+from pagedattn.engine.layer_groups import LayerGroups, group_layers, peak_blocks
+from pagedattn.engine.model import Decoder
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import sample
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import ScheduledRequest, StepPlan
+
+
+def longest_sequence(
+    groups: LayerGroups, num_blocks: int, block_size: int, max_step_tokens: int | None, limit: int
+) -> int:
+    """The most tokens, up to ``limit``, that one sequence can have in ``num_blocks`` blocks, when the blocks of at most
+    ``max_step_tokens`` tokens are taken at once; None: of all."""
+
+    def peak(num_tokens: int) -> int:
+        step = num_tokens if max_step_tokens is None else min(num_tokens, max_step_tokens)
+        return peak_blocks(groups.windows, block_size, num_tokens, step)
+
+    return bisect_right(range(1, limit + 1), num_blocks, key=peak)
+
 
 # On a CPU the cache shares the memory with everything else on the machine.
 CPU_MEMORY_SHARE = 0.25
@@ -41,7 +58,8 @@ def default_num_blocks(
         available = int(total * gpu_memory_utilization) - (total - free) - step_bytes
     else:
         available = min(int(_free_cpu_memory() * CPU_MEMORY_SHARE), CPU_MEMORY_LIMIT)
-    num_wanted = max_num_seqs * -(-max_model_len // block_size)
+    num_groups = len(group_layers(decoder.config.layer_windows).windows)
+    num_wanted = max_num_seqs * -(-max_model_len // block_size) * num_groups
     num_blocks = min(num_wanted, available // bytes_per_block)
     if num_blocks < 1:
         raise ValueError(
@@ -64,7 +82,8 @@ def _measure_step_bytes(
     """Peak bytes of a step of ``max_num_batched_tokens`` tokens and as many sampled rows as it can have."""
     num_seqs = min(max_num_seqs, max_num_batched_tokens)
     num_tokens = min(max_num_batched_tokens // num_seqs, max_model_len)
-    manager = BlockManager(num_seqs * -(-num_tokens // block_size), block_size)
+    windows = group_layers(decoder.config.layer_windows).windows
+    manager = BlockManager(num_seqs * -(-num_tokens // block_size) * len(windows), block_size, windows=windows)
     params = SamplingParams(top_p=0.9)
     requests = [Request(str(i), [0] * num_tokens, params, max_num_tokens=num_tokens + 1) for i in range(num_seqs)]
     for request in requests:
@@ -74,7 +93,7 @@ def _measure_step_bytes(
     torch.cuda.synchronize(decoder.device)
     before = torch.cuda.memory_allocated(decoder.device)
     torch.cuda.reset_peak_memory_stats(decoder.device)
-    sample(decoder.forward(prepare_batch(plan, block_size, decoder.device), cache), requests)
+    sample(decoder.forward(prepare_batch(plan, block_size, decoder.device, num_groups=len(windows)), cache), requests)
     peak = torch.cuda.max_memory_allocated(decoder.device)
     del cache
     torch.cuda.empty_cache()

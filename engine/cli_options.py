@@ -26,10 +26,14 @@ ENGINE_OPTIONS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
+    "enable_prefix_caching",
+    "swap_space",
     "policy",
+    "order",
     "seed",
 )
 SAMPLING_OPTIONS = (
+    "n",
     "temperature",
     "top_p",
     "top_k",
@@ -70,13 +74,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences in a batch")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens in a step")
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer together, in tokens")
-    group.add_argument("--policy", help="how batches are formed: default or static")
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="requests that begin alike compute that once",
+    )
+    group.add_argument("--swap-space", type=float, metavar="GIB", help="host memory for preempted requests")
+    group.add_argument("--policy", help="how batches are formed: default, static, vllm, ... (docs/batching.md)")
+    group.add_argument("--order", help="who joins a batch first: fcfs, priority, sjf, fair, ... (docs/batching.md)")
     group.add_argument("--seed", type=int, help="where requests without a seed get theirs from")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Adds one option for each field of ``SamplingParams`` that a shell can express."""
     group = parser.add_argument_group("sampling")
+    group.add_argument("--n", type=int, metavar="N", help="answers to each prompt")
     group.add_argument("--temperature", type=float, help="0 is greedy")
     group.add_argument("--top-p", type=float, metavar="P", help="smallest set of tokens with this probability")
     group.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens; 0 is all")

@@ -42,12 +42,14 @@ def run_generate(arguments: argparse.Namespace) -> int:
         inputs = [chat_prompt(llm, [{"role": "user", "content": prompt}]) for prompt in prompts]
     else:
         inputs = prompts
-    if len(inputs) == 1:
+    if len(inputs) == params.n == 1:
         stream_answer(llm, inputs[0], params)
         return 0
     failures = []
     for prompt, output in zip(prompts, llm.generate(inputs, params), strict=True):
-        print(f"> {prompt}\n{output.outputs[0].text}\n")
+        print(f"> {prompt}")
+        for choice in output.outputs:
+            print(f"{choice.text}\n")
         if output.error is not None:
             failures.append(output.error)
     if failures:

@@ -1,9 +1,10 @@
-"""``EngineConfig``: the sizes and the policy of one engine, validated once."""
+"""``EngineConfig``: the sizes, the policy and the order of one engine, validated once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pagedattn.engine.orders import QueueOrder, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 
 
@@ -11,8 +12,10 @@ from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 class EngineConfig:
     """``num_blocks`` blocks of ``block_size`` token slots; at most ``max_num_seqs`` requests run together, and
     ``max_num_batched_tokens`` tokens are computed in a step; prompt and generation together have at most
-    ``max_model_len`` tokens. ``seed`` is where requests without one get theirs from. ``policy``: a row of ``POLICIES``
-    by name, or a ``BatchingPolicy``.
+    ``max_model_len`` tokens. ``enable_prefix_caching``: requests share the blocks of equal beginnings.
+    ``swap_space``: GiB of host memory for the blocks of preempted requests. ``policy``: a row of ``POLICIES`` by name,
+    or a ``BatchingPolicy``. ``order``: who joins first, a row of ``ORDERS`` by name, or a ``QueueOrder``. ``seed`` is
+    where requests without one get theirs from.
     """
 
     num_blocks: int
@@ -20,7 +23,10 @@ class EngineConfig:
     block_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    swap_space: float = 0.0
     policy: str | BatchingPolicy = "default"
+    order: str | QueueOrder = "fcfs"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -28,6 +34,11 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed: it must be an int >= 1")
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ValueError(f"enable_prefix_caching={self.enable_prefix_caching!r} is not allowed: True or False")
+        if not isinstance(self.swap_space, int | float) or not 0.0 <= self.swap_space < float("inf"):
+            raise ValueError(f"swap_space={self.swap_space!r} is not allowed: it must be a finite number of GiB >= 0")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} is not allowed: it must be an int")
         resolve_policy(self.policy)
+        resolve_order(self.order)

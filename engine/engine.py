@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from pagedattn.engine.batch import BatchTensors, prepare_batch
-from pagedattn.engine.block_manager import BlockManager
+from pagedattn.engine.block_manager import BlockManager, BlockTransfers
 from pagedattn.engine.config import EngineConfig
-from pagedattn.engine.output_builder import OutputBuilder
+from pagedattn.engine.length_predictor import LengthPredictor
+from pagedattn.engine.orders import resolve_order
+from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
 from pagedattn.engine.outputs import FinishReason, RequestOutput
 from pagedattn.engine.policy import resolve_policy
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
@@ -30,12 +32,25 @@ from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, derive_seed, sample
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
+from pagedattn.engine.scheduling_params import SchedulingParams
 from pagedattn.engine.stats import Distribution, EngineStats, StatsRecorder
+from pagedattn.engine.swap_space import SwapSpace
 
 if TYPE_CHECKING:
     from pagedattn.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+class Cache(Protocol):
+    """What the engine needs of a cache: the windows of its groups of layers, and to copy whole blocks."""
+
+    @property
+    def windows(self) -> tuple[int | None, ...]: ...
+
+    null_block: int
+
+    def transfer(self, transfers: BlockTransfers) -> None: ...
 
 
 class Model(Protocol):
@@ -70,17 +85,23 @@ class StepResult:
         return sum(self.num_scheduled_tokens.values())
 
 
+def _sequence_id(request_id: str, index: int) -> str:
+    """What the scheduler knows the ``index``-th sequence of a request by."""
+    return request_id if index == 0 else f"{request_id}#{index}"
+
+
 class Engine:
     """Serves requests with ``decoder`` over ``cache``, which has ``config.num_blocks`` blocks.
 
     ``eos_token_ids`` end a request unless its parameters ignore them; None takes the tokenizer's. ``clock`` gives
-    seconds.
+    seconds. ``predictor`` guesses output lengths for the order "sjf"; None takes one that learns means. ``swap_space``:
+    the cache's host blocks, None when it has none.
     """
 
     def __init__(
         self,
         decoder: Model,
-        cache: Any,
+        cache: Cache,
         tokenizer: Tokenizer,
         config: EngineConfig,
         *,
@@ -88,23 +109,34 @@ class Engine:
         eos_token_ids: Iterable[int] | None = None,
         device: torch.device | str = "cpu",
         clock: Callable[[], float] = time.perf_counter,
+        predictor: LengthPredictor | None = None,
+        swap_space: SwapSpace | None = None,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.tokenizer = tokenizer
         self.config = config
         self.clock = clock
-        self.block_manager = BlockManager(config.num_blocks, config.block_size)
+        self.block_manager = BlockManager(
+            config.num_blocks,
+            config.block_size,
+            windows=cache.windows,
+            enable_prefix_caching=config.enable_prefix_caching,
+            swap_space=swap_space,
+        )
         self.scheduler = Scheduler(
             self.block_manager,
             resolve_policy(config.policy),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            order=resolve_order(config.order),
+            predictor=predictor,
         )
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._device = torch.device(device)
-        self._builders: dict[str, OutputBuilder] = {}
+        self._groups: dict[str, OutputGroup] = {}  # by request
+        self._builders: dict[str, OutputBuilder] = {}  # by sequence, of which a request has one or more
         self._request_counter = itertools.count()
         self._request_names = map(str, itertools.count())
         self._recorder = StatsRecorder()
@@ -115,7 +147,7 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._builders)
+        return bool(self._groups)
 
     def add_request(
         self,
@@ -124,6 +156,7 @@ class Engine:
         *,
         request_id: str | None = None,
         arrival_time: float | None = None,
+        scheduling_params: SchedulingParams | None = None,
     ) -> str:
         """Queue a request and return its id. ``arrival_time``: seconds of ``clock``, None = now.
 
@@ -133,6 +166,9 @@ class Engine:
         params = SamplingParams() if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, not {params!r}")
+        scheduling = SchedulingParams() if scheduling_params is None else scheduling_params
+        if not isinstance(scheduling, SchedulingParams):
+            raise TypeError(f"scheduling_params must be SchedulingParams, not {scheduling!r}")
         stop_token_ids = frozenset(params.stop_token_ids or ())
         if stop_token_ids and max(stop_token_ids) >= self._vocab_size:
             raise ValueError(f"stop_token_ids has {max(stop_token_ids)}: ids must be in [0, {self._vocab_size})")
@@ -140,26 +176,46 @@ class Engine:
             stop_token_ids |= self._eos_token_ids
         tokenized = tokenize_prompt(prompt, self.tokenizer, self._vocab_size)
         max_num_tokens = self._max_num_tokens(len(tokenized.token_ids), params)
+        if params.n > self.config.max_num_seqs:
+            raise RequestRejectedError(f"n={params.n} is not allowed: at most max_num_seqs={self.config.max_num_seqs}")
         with self._lock:
             number = next(self._request_counter)
             if request_id is None:
-                request_id = next(name for name in self._request_names if name not in self._builders)
-            elif request_id in self._builders:
+                request_id = next(name for name in self._request_names if not self._is_in_use(name, params.n))
+            elif self._is_in_use(request_id, params.n):
                 raise ValueError(f"request_id={request_id!r} is in use by an unfinished request")
-            request = Request(
-                request_id,
-                tokenized.token_ids,
-                params,
-                max_num_tokens=max_num_tokens,
-                arrival_time=self.clock() if arrival_time is None else arrival_time,
-                seed=derive_seed(self.config.seed, number) if params.seed is None else params.seed,
-                stop_token_ids=stop_token_ids,
-            )
-            builder = OutputBuilder(request, tokenized.text, self.tokenizer, self._eos_token_ids)
-            self.scheduler.add(request)
-            self._builders[request_id] = builder
-            self._recorder.num_prompt_tokens += request.num_prompt_tokens
+            arrival_time = self.clock() if arrival_time is None else arrival_time
+            seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
+            sequences = [
+                Request(
+                    _sequence_id(request_id, index),
+                    tokenized.token_ids,
+                    params,
+                    max_num_tokens=max_num_tokens,
+                    arrival_time=arrival_time,
+                    seed=seed if index == 0 else derive_seed(seed, index),
+                    stop_token_ids=stop_token_ids,
+                    scheduling=scheduling,
+                    cache_salt=tokenized.cache_salt,
+                )
+                for index in range(params.n)
+            ]
+            self._add_sequences(request_id, sequences, tokenized)
         return request_id
+
+    def _is_in_use(self, request_id: str, num_sequences: int) -> bool:
+        names = (_sequence_id(request_id, index) for index in range(num_sequences))
+        return request_id in self._groups or any(name in self._builders for name in names)
+
+    def _add_sequences(self, request_id: str, sequences: list[Request], prompt: TokenizedPrompt) -> None:
+        group = OutputGroup(request_id, prompt.text, sequences[0].prompt_token_ids)
+        for sequence in sequences:
+            sequence.siblings = [other for other in sequences if other is not sequence]
+            builder = OutputBuilder(sequence, group, self.tokenizer, self._eos_token_ids)
+            self.scheduler.add(sequence)  # the first is refused if any is
+            self._builders[sequence.request_id] = builder
+        self._groups[request_id] = group
+        self._recorder.num_prompt_tokens += sequences[0].num_prompt_tokens
 
     def abort(self, request_id: str) -> None:
         """End a request now, whatever it is doing; its blocks are free. An id that is unknown or ended is ignored.
@@ -188,9 +244,28 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> StepResult:
-        plan = self.scheduler.schedule(self.clock())
+        now = self.clock()
+        plan = self.scheduler.schedule(now)
+        dropped = dict.fromkeys(self._drop(request, now) for request in plan.dropped)
+        outputs = [group.build() for group in dropped]
+        if not plan.scheduled:  # whoever was left has been dropped
+            assert not plan.transfers, "blocks are to be copied for nobody"
+            return StepResult(outputs)
+        result = self._compute(plan)
+        result.outputs.extend(outputs)
+        return result
+
+    def _compute(self, plan: StepPlan) -> StepResult:
         try:
-            batch = prepare_batch(plan, self.config.block_size, self._device)
+            if plan.transfers:
+                self.cache.transfer(plan.transfers)
+            batch = prepare_batch(
+                plan,
+                self.config.block_size,
+                self._device,
+                num_groups=self.block_manager.num_groups,
+                null_block=self.cache.null_block,
+            )
             logits = self.decoder.forward(batch, self.cache)
             sampled = sample(logits, plan.sampled_requests)
         except Exception as error:  # noqa: BLE001  whatever it is, these requests end with it and the engine goes on
@@ -201,20 +276,23 @@ class Engine:
         """Give each request its token, and let those go that end with it."""
         now = self.clock()
         usage = self.scheduler.block_usage(plan)
-        outputs = []
+        updated: dict[OutputGroup, None] = {}  # ordered
         tokens = iter(sampled)
         for scheduled in plan.scheduled:
             request = scheduled.request
             if scheduled.needs_sample:
                 builder = self._builders[request.request_id]
-                self._append_token(builder, next(tokens), now)
+                token = next(tokens)
+                self._append_token(builder, token, now)
             # After the token: an interrupt between the two must not leave a request with nothing to compute.
             self.scheduler.advance(scheduled)
             if scheduled.needs_sample:
+                if token.token_id is None:  # its keys and values may be NaN too: nobody shall share them
+                    self.block_manager.disown(request)
                 if builder.finish_reason is not None:
                     self._end(builder, builder.finish_reason, now)
-                outputs.append(builder.build())
-        return self._result(plan, usage, outputs)
+                updated[builder.group] = None
+        return self._result(plan, usage, [group.build() for group in updated])
 
     def _fail(self, plan: StepPlan, error: Exception) -> StepResult:
         """End all requests of a step that raised."""
@@ -222,12 +300,14 @@ class Engine:
         logger.debug(message, exc_info=error)
         now = self.clock()
         usage = self.scheduler.block_usage(plan)
-        outputs = []
+        groups: dict[OutputGroup, None] = {}  # ordered
         for scheduled in plan.scheduled:
             builder = self._builders[scheduled.request.request_id]
             self._end(builder, "error", now, message)
-            outputs.append(builder.build())
-        return self._result(plan, usage, outputs, message)
+            groups[builder.group] = None
+        for request in plan.preempted:  # their blocks may not have been copied
+            self.block_manager.discard_swapped(request)
+        return self._result(plan, usage, [group.build() for group in groups], message)
 
     def _append_token(self, builder: OutputBuilder, token: SampledToken, now: float) -> None:
         request, recorder = builder.request, self._recorder
@@ -242,7 +322,8 @@ class Engine:
         recorder.num_generated_tokens += 1
         if request.first_token_time is None:
             request.first_token_time = now
-            recorder.ttfts.append(now - request.arrival_time)
+            if not any(sibling.first_token_time is not None for sibling in request.siblings):
+                recorder.ttfts.append(now - request.arrival_time)
         if builder.last_token_time is not None:
             recorder.inter_token_latencies.append(now - builder.last_token_time)
         builder.last_token_time = now
@@ -252,22 +333,45 @@ class Engine:
         builder.finish_reason = reason
         builder.error = error or builder.error
         request.finished_time = now
-        self.scheduler.finish(request)
+        if reason != "deadline":  # the scheduler has dropped that one itself
+            self.scheduler.finish(request, is_complete=reason in ("stop", "length"))
         del self._builders[request.request_id]
-        if reason == "error":
+        if not builder.group.is_finished:
+            return
+        del self._groups[builder.group.request_id]
+        reasons = {other.finish_reason for other in builder.group.builders}
+        if "error" in reasons:
             recorder.num_failed += 1
-        elif reason == "abort":
+        elif "abort" in reasons:
             recorder.num_aborted += 1
+        elif "deadline" in reasons:
+            recorder.num_dropped += 1
         else:
             recorder.num_finished += 1
             recorder.latencies.append(now - request.arrival_time)
 
+    def _drop(self, request: Request, now: float) -> OutputGroup:
+        builder = self._builders[request.request_id]
+        waited = now - request.arrival_time
+        limits = request.scheduling
+        self._end(
+            builder,
+            "deadline",
+            now,
+            f"the deadline can not be met: {request.num_output_tokens} tokens after {waited:.3g} s, with "
+            f"first_token_timeout={limits.first_token_timeout}, timeout={limits.timeout}",
+        )
+        return builder.group
+
     def _apply_aborts(self) -> None:
         while self._requested_aborts:
-            builder = self._builders.get(self._requested_aborts.popleft())
-            if builder is not None:
-                self._end(builder, "abort", self.clock())
-                self._aborted_outputs.append(builder.build())
+            group = self._groups.get(self._requested_aborts.popleft())
+            if group is None:
+                continue
+            for builder in group.builders:
+                if builder.finish_reason is None:
+                    self._end(builder, "abort", self.clock())
+            self._aborted_outputs.append(group.build())
 
     def _result(
         self, plan: StepPlan, usage: BlockUsage, outputs: list[RequestOutput], error: str | None = None
@@ -318,6 +422,10 @@ class Engine:
             num_finished=recorder.num_finished,
             num_failed=recorder.num_failed,
             num_aborted=recorder.num_aborted,
+            num_dropped=recorder.num_dropped,
+            num_swaps=self.block_manager.num_swapped_out,
+            prefix_cache_queries=self.scheduler.prefix_cache_queries,
+            prefix_cache_hits=self.scheduler.prefix_cache_hits,
             ttft=Distribution.of(list(recorder.ttfts)),
             latency=Distribution.of(list(recorder.latencies)),
             inter_token_latency=Distribution.of(list(recorder.inter_token_latencies)),
@@ -326,7 +434,8 @@ class Engine:
     def check_integrity(self) -> None:
         """Every block is free or held by one running request; without requests all are free. Raises AssertionError."""
         self.scheduler.check_integrity()
-        known = {*self.scheduler.waiting, *(request.request_id for request in self.scheduler.running)}
+        known = {request.request_id for request in (*self.scheduler.waiting, *self.scheduler.running)}
         assert known == set(self._builders), f"requests {known ^ set(self._builders)} are known to one side only"
         if not known:
-            assert self.block_manager.num_used == 0, f"idle, and {self.block_manager.num_used} blocks are used"
+            num_used = self.block_manager.num_used + self.block_manager.swap_space.num_used
+            assert num_used == 0, f"idle, and {num_used} blocks are used"

@@ -158,7 +158,7 @@ def yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
     return temperature(1.0)
 
 
-def _sliding_window(architecture: str, settings: Mapping[str, Any]) -> int | None:
+def _sliding_window(architecture: str, settings: Mapping[str, Any]) -> int | tuple[int | None, ...] | None:
     if architecture == "mistral":
         return settings.get("sliding_window", 4096)  # transformers' default where the file is silent
     if architecture not in ("qwen2", "qwen3") or not settings.get("use_sliding_window", False):
@@ -168,9 +168,11 @@ def _sliding_window(architecture: str, settings: Mapping[str, Any]) -> int | Non
     layer_types = settings.get("layer_types") or [
         "sliding_attention" if layer >= first_windowed else "full_attention" for layer in range(num_layers)
     ]
-    if len(set(layer_types)) > 1:
-        raise ValueError("layer_types mixes full and sliding attention; supported: one kind for all layers")
-    return settings.get("sliding_window", 4096) if "sliding_attention" in layer_types else None
+    unknown = sorted(set(layer_types) - {"sliding_attention", "full_attention"})
+    if unknown:
+        raise ValueError(f"layer_types has {unknown[0]!r}; supported: 'sliding_attention', 'full_attention'")
+    window = settings.get("sliding_window", 4096)
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

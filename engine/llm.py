@@ -7,19 +7,25 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from pagedattn.engine.cache_size import default_num_blocks
+from pagedattn.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
+from pagedattn.engine.cache_size import default_num_blocks, longest_sequence
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.engine import Engine
-from pagedattn.engine.model import KVCache
+from pagedattn.engine.kv_cache import KVCache
+from pagedattn.engine.layer_groups import group_layers
+from pagedattn.engine.orders import QueueOrder
 from pagedattn.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from pagedattn.engine.policy import BatchingPolicy
+from pagedattn.engine.policy import BatchingPolicy, resolve_policy
+from pagedattn.engine.preemption_costs import measure_preemption_costs
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, is_token_ids, tokenize_prompt
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import RequestRejectedError
+from pagedattn.engine.scheduling_params import SchedulingParams
+from pagedattn.engine.swap_space import SwapSpace
 from pagedattn.engine.weights import LoadedModel, load_model
 
 # A step of this many tokens keeps the device busy; a longer one would only make running requests wait.
@@ -27,7 +33,8 @@ DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
 PROGRESS_DELAY_SECONDS = 2.0
 
 Message = Mapping[str, Any]
-Work = list[tuple[TokenizedPrompt, SamplingParams]]
+Work = list[tuple[TokenizedPrompt, SamplingParams, SchedulingParams]]
+T = TypeVar("T")
 
 
 class LLM:
@@ -44,7 +51,11 @@ class LLM:
         max_model_len: most tokens of a prompt and its generation together; None takes the model's, or what blocks hold.
         max_num_seqs: most sequences in a step.
         max_num_batched_tokens: most tokens in a step; None takes 8192 on CUDA and 512 on a CPU.
-        policy: "default", "static" or a ``BatchingPolicy``.
+        policy: how batches are formed: a row of ``POLICIES`` by name, or a ``BatchingPolicy``.
+        enable_prefix_caching: requests with an equal beginning share its blocks, and compute it once.
+        swap_space: GiB of host memory for the blocks of preempted requests, where the policy keeps them; whether that
+            is cheaper than computing them again is measured when the engine starts.
+        order: who joins a batch first: a row of ``ORDERS`` by name, or a ``QueueOrder``.
         seed: where requests without a seed get theirs from.
 
     Raises ValueError for arguments out of range, and what loading the model raises.
@@ -62,7 +73,10 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        swap_space: float = 0.0,
         policy: str | BatchingPolicy = "default",
+        order: str | QueueOrder = "fcfs",
         seed: int = 0,
     ) -> None:
         if not isinstance(gpu_memory_utilization, int | float) or not 0.0 < gpu_memory_utilization <= 1.0:
@@ -76,7 +90,10 @@ class LLM:
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=1 if max_num_batched_tokens is None else max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            swap_space=swap_space,
             policy=policy,
+            order=order,
             seed=seed,
         )
         loaded = model if isinstance(model, LoadedModel) else _load(model, dtype, device, max_model_len)
@@ -98,29 +115,39 @@ class LLM:
                 max_num_batched_tokens=max_num_batched_tokens,
                 gpu_memory_utilization=gpu_memory_utilization,
             )
-        capacity = num_blocks * block_size
-        if max_model_len is not None and max_model_len > capacity:
+        max_step_tokens = max_num_batched_tokens if resolve_policy(policy).takes_blocks_stepwise else None
+        groups = group_layers(loaded.config.layer_windows)
+        fitting = longest_sequence(groups, num_blocks, block_size, max_step_tokens, limit=longest)
+        if (max_model_len or 1) > fitting:
             raise ValueError(
-                f"max_model_len={max_model_len} is not allowed: the KV cache holds {capacity} tokens "
+                f"max_model_len={max_model_len} is not allowed: the KV cache holds {fitting} tokens "
                 f"({num_blocks} blocks of {block_size})"
             )
         config = EngineConfig(
             num_blocks=num_blocks,
-            max_model_len=min(longest, capacity) if max_model_len is None else max_model_len,
+            max_model_len=fitting if max_model_len is None else max_model_len,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            swap_space=swap_space,
             policy=policy,
+            order=order,
             seed=seed,
         )
+        bytes_per_block = KVCache.bytes_per_block(loaded.config, block_size, loaded.decoder.dtype)
+        num_host_blocks = int(swap_space * 2**30) // bytes_per_block
+        cache = KVCache(loaded.config, num_blocks, block_size, loaded.decoder.dtype, self.device, num_host_blocks)
+        costs = measure_preemption_costs(loaded.decoder, cache, config) if num_host_blocks else None
         self.engine = Engine(
             loaded.decoder,
-            KVCache(loaded.config, num_blocks, block_size, loaded.decoder.dtype, self.device),
+            cache,
             loaded.tokenizer,
             config,
             vocab_size=loaded.config.vocab_size,
             eos_token_ids=loaded.config.eos_token_ids,
             device=self.device,
+            swap_space=SwapSpace(num_host_blocks, costs),
         )
         self._lock = threading.Lock()
         self._inboxes: dict[str, deque[RequestOutput]] = {}
@@ -131,15 +158,19 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+        scheduling_params: SchedulingParams | Sequence[SchedulingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer all prompts; the outputs are in the prompts' order.
 
         A prompt is a string, a list of token ids or ``{"prompt_token_ids": [...]}``; ``sampling_params`` is one for all
-        or a list with one for each. A request that fails or can not fit has ``error`` set and finish_reason "error";
-        the others go on. Raises ValueError, before any work, for a prompt that is empty, of the wrong type or has ids
-        out of the vocabulary. Shows progress on stderr when it takes longer than two seconds, where tqdm is installed.
+        or a list with one for each, and so are ``scheduling_params``. ``priority`` has one int for each prompt: lower
+        is earlier, under an order that heeds it. A request that fails or can not fit has ``error`` set and
+        finish_reason "error", or "deadline" when it could not meet its own; the others go on. Raises ValueError, before
+        any work, for a prompt that is empty, of the wrong type or has ids out of the vocabulary. Shows progress on
+        stderr when it takes longer than two seconds, where tqdm is installed.
         """
-        return self._generate(self._prepare(prompts, sampling_params), use_tqdm)
+        return self._generate(self._prepare(prompts, sampling_params, priority, scheduling_params), use_tqdm)
 
     def chat(
         self,
@@ -147,6 +178,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+        scheduling_params: SchedulingParams | Sequence[SchedulingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or a list of them. A message is ``{"role": ..., "content": ...}``, oldest first.
 
@@ -160,43 +193,52 @@ class LLM:
             {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
             for text in texts
         ]
-        return self._generate(self._prepare(prompts, sampling_params), use_tqdm)
+        return self._generate(self._prepare(prompts, sampling_params, priority, scheduling_params), use_tqdm)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        scheduling_params: SchedulingParams | Sequence[SchedulingParams] | None = None,
     ) -> Generator[RequestOutput]:
         """As ``generate``, but yields a request's output whenever it got a token, those of all prompts interleaved.
 
         Each has everything so far (``text``, ``token_ids``) and what is new (``delta_text``, ``delta_token_ids``).
         Closing the iterator early aborts its requests. Bad prompts raise here and not at the first ``next``.
         """
-        return self._run(self._prepare(prompts, sampling_params))
+        return self._run(self._prepare(prompts, sampling_params, priority, scheduling_params))
+
+    def beam_search(self, prompts: Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt that a beam search finds, the best first.
+
+        Raises ValueError, before any work, for a bad prompt.
+        """
+        return beam_search(self, prompts, params)
 
     def _prepare(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        scheduling_params: SchedulingParams | Sequence[SchedulingParams] | None,
     ) -> Work:
         is_single = isinstance(prompts, str | dict) or (is_token_ids(prompts) and len(prompts) > 0)
         if not is_single and not isinstance(prompts, Sequence):
             raise ValueError(f"prompts must be a prompt or a list of prompts, not {prompts!r}")
         prompt_list: list[Any] = [prompts] if is_single else list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params_list = [sampling_params or SamplingParams()] * len(prompt_list)
-        elif isinstance(sampling_params, Sequence):
-            params_list = list(sampling_params)
-        else:
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, not {sampling_params!r}")
-        if len(params_list) != len(prompt_list):
-            raise ValueError(
-                f"sampling_params has {len(params_list)} entries: it must have one for each of the "
-                f"{len(prompt_list)} prompts"
-            )
+        if priority is not None:
+            if scheduling_params is not None:
+                raise ValueError("priority is not allowed with scheduling_params, which has it as a field")
+            scheduling_params = [SchedulingParams(priority=value) for value in priority]
+        count = len(prompt_list)
+        sampling = _one_for_each(count, sampling_params, SamplingParams, "sampling_params")
+        name = "scheduling_params" if priority is None else "priority"
+        scheduling = _one_for_each(count, scheduling_params, SchedulingParams, name)
         vocab_size = self.model_config.vocab_size
-        return [
-            (tokenize_prompt(prompt, self.tokenizer, vocab_size), params)
-            for prompt, params in zip(prompt_list, params_list, strict=True)
-        ]
+        tokenized = (tokenize_prompt(prompt, self.tokenizer, vocab_size) for prompt in prompt_list)
+        return list(zip(tokenized, sampling, scheduling, strict=True))
 
     def _generate(self, work: Work, use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[int, RequestOutput] = {}
@@ -224,9 +266,9 @@ class LLM:
         inbox: deque[RequestOutput] = deque()
         indices: dict[str, int] = {}
         try:
-            for index, (prompt, params) in enumerate(work):
+            for index, (prompt, sampling, scheduling) in enumerate(work):
                 try:
-                    request_id = self.engine.add_request(prompt, params)
+                    request_id = self.engine.add_request(prompt, sampling, scheduling_params=scheduling)
                 except RequestRejectedError as error:
                     yield index, self._rejected(index, prompt, str(error))
                     continue
@@ -268,6 +310,17 @@ class LLM:
             metrics=RequestMetrics(arrival_time=now, finished_time=now),
             error=reason,
         )
+
+
+def _one_for_each(count: int, values: T | Sequence[T] | None, kind: type[T], name: str) -> list[T]:
+    """One of a kind for each of ``count`` prompts: the same for all, a list of them, or ``kind()``."""
+    if values is None or isinstance(values, kind):
+        return [kind() if values is None else values] * count
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be {kind.__name__} or a list of them, not {values!r}")
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries: it must have one for each of the {count} prompts")
+    return list(values)
 
 
 def _load(

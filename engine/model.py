@@ -1,4 +1,4 @@
-"""A Llama-family decoder on ``pagedattn`` ops: config, paged KV cache, weights, forward pass; one file, top to bottom.
+"""A Llama-family decoder on ``pagedattn`` ops: config, weights, forward pass; one file, top to bottom.
 
 Contract: ``Decoder.forward(batch, cache)`` takes the tokens of one step, any mix of prefills, chunks and decodes packed
 into one row each, writes their keys and values into the paged cache and returns the logits of the rows that were asked
@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pagedattn import ops
+from pagedattn.engine.kv_cache import KVCache, LayerCache
 
 if TYPE_CHECKING:
     from pagedattn.engine.batch import BatchTensors
@@ -136,7 +137,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     dtype: torch.dtype = torch.float32
-    sliding_window: int | None = None  # w: a query sees its own position and the w - 1 before it
+    # w: a query sees its own position and the w - 1 before it; one for all layers, or one for each
+    sliding_window: int | tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
@@ -156,47 +158,18 @@ class ModelConfig:
             )
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}; it must be positive and finite")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window is {self.sliding_window}; it must be None or at least 1")
+        if len(self.layer_windows) != self.num_layers:
+            raise ValueError(f"sliding_window has {len(self.layer_windows)} entries for {self.num_layers} layers")
+        for window in self.layer_windows:
+            if window is not None and window < 1:
+                raise ValueError(f"sliding_window is {window}; it must be None or at least 1")
 
-
-class LayerCache(NamedTuple):
-    """One layer's caches ``[num_blocks, block_size, num_kv_heads, head_size]`` and, if quantized, their scales."""
-
-    key: Tensor
-    value: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-
-
-class KVCache:
-    """Keys and values of every layer in blocks of ``block_size`` token slots.
-
-    A quantized ``dtype`` (float8_e4m3fn, float8_e5m2, int8, or uint8 for int4) gives each token and head a scale of its
-    own, written as it is appended; ``layers`` may be replaced by others with scales per tensor or head. Slots are left
-    as allocated: no op lets what a slot past a sequence's length holds change a result.
-    """
-
-    def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        stored = config.head_size // 2 if dtype == torch.uint8 else config.head_size
-        slots = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads)
-        storage = torch.empty((*slots, stored), dtype=dtype, device=device)
-        self.layers = [LayerCache(keys, values) for keys, values in storage]
-        if dtype in ops.QUANTIZED_DTYPES:
-            scales = torch.empty(slots, dtype=torch.float32, device=device)
-            self.layers = [LayerCache(*layer[:2], *scale) for layer, scale in zip(self.layers, scales, strict=True)]
-
-    @staticmethod
-    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one block takes over all layers, keys and values together."""
-        return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_size * dtype.itemsize
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Each layer's sliding window, None for full attention."""
+        if isinstance(self.sliding_window, tuple):
+            return self.sliding_window
+        return (self.sliding_window,) * self.num_layers
 
 
 @dataclass(frozen=True)
@@ -293,20 +266,24 @@ class Decoder:
             fp32 ``[L, vocab_size]``, the logits of the rows ``batch.logits_indices``.
         """
         config = self.config
-        plan = ops.plan_attention(
-            batch.seq_lens,
-            batch.query_start_loc,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_size=config.head_size,
-            block_size=cache.block_size,
-            max_query_len=batch.max_query_len,
-            max_seq_len=batch.max_seq_len,
-            sliding_window=config.sliding_window,
-        )
+        plans = {
+            window: ops.plan_attention(
+                batch.seq_lens,
+                batch.query_start_loc,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_size=config.head_size,
+                block_size=cache.block_size,
+                max_query_len=batch.max_query_len,
+                max_seq_len=batch.max_seq_len,
+                sliding_window=window,
+            )
+            for window in dict.fromkeys(cache.groups.windows)
+        }
         hidden = F.embedding(batch.input_ids, self.embedding)  # [T, hidden], the residual stream, updated in place
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            self._add_attention(hidden, layer, batch, plan, layer_cache)
+        for layer, layer_cache, group in zip(self.layers, cache.layers, cache.groups.group_of_layer, strict=True):
+            window = cache.groups.windows[group]
+            self._add_attention(hidden, layer, batch, group, window, plans[window], layer_cache)
             self._add_mlp(hidden, layer)
         hidden = self._norm(hidden.index_select(0, batch.logits_indices), self.final_norm)
         return F.linear(hidden, self.lm_head).float()
@@ -316,6 +293,8 @@ class Decoder:
         hidden: Tensor,
         layer: DecoderLayer,
         batch: BatchTensors,
+        group: int,
+        sliding_window: int | None,
         plan: ops.AttentionPlan,
         cache: LayerCache,
     ) -> None:
@@ -334,7 +313,7 @@ class Decoder:
             batch.positions,
             cache.key,
             cache.value,
-            batch.slot_mapping,
+            batch.slot_mapping[group],
             rotary_dim=config.rope.rotary_dim,
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
@@ -343,12 +322,12 @@ class Decoder:
             query,
             cache.key,
             cache.value,
-            batch.block_table,
+            batch.block_table[group],
             batch.seq_lens,
             batch.query_start_loc,
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
-            sliding_window=config.sliding_window,
+            sliding_window=sliding_window,
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
             plan=plan,

@@ -1,7 +1,8 @@
-"""``OutputBuilder``: from one request's sampled tokens to its text, its end and its ``RequestOutput``."""
+"""From sampled tokens to texts and ends: ``OutputBuilder`` of one sequence, ``OutputGroup`` of a request's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pagedattn.engine.detokenizer import Detokenizer
@@ -13,19 +14,63 @@ if TYPE_CHECKING:
     from pagedattn.engine.tokenizer import Tokenizer
 
 
+class OutputGroup:
+    """The sequences that a request asked for, and the ``RequestOutput`` that they are together."""
+
+    def __init__(self, request_id: str, prompt: str | None, prompt_token_ids: list[int]) -> None:
+        self.request_id = request_id
+        self.builders: list[OutputBuilder] = []
+        self._prompt = prompt
+        self._prompt_token_ids = prompt_token_ids
+
+    @property
+    def is_finished(self) -> bool:
+        return all(builder.finish_reason is not None for builder in self.builders)
+
+    @property
+    def error(self) -> str | None:
+        """Why a sequence failed, the first that did; None when none did."""
+        return next((builder.error for builder in self.builders if builder.error is not None), None)
+
+    def build(self) -> RequestOutput:
+        """The request as it stands; what is new in it counts as handed out."""
+        requests = [builder.request for builder in self.builders]
+        is_finished = self.is_finished
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=[builder.build(index) for index, builder in enumerate(self.builders)],
+            finished=is_finished,
+            metrics=RequestMetrics(
+                requests[0].arrival_time,
+                _first(request.first_scheduled_time for request in requests),
+                _first(request.first_token_time for request in requests),
+                max(request.finished_time or 0.0 for request in requests) if is_finished else None,
+                sum(request.num_preemptions for request in requests),
+            ),
+            error=self.error,
+            num_cached_tokens=requests[0].num_cached_tokens,
+        )
+
+
+def _first(times: Iterable[float | None]) -> float | None:
+    return min((time for time in times if time is not None), default=None)
+
+
 class OutputBuilder:
-    """Decides when the request ends, by vLLM's rules: a stop id, then a stop string, then the length."""
+    """Decides when the sequence ends, by vLLM's rules: a stop id, then a stop string, then the length."""
 
     def __init__(
-        self, request: Request, prompt: str | None, tokenizer: Tokenizer, eos_token_ids: frozenset[int]
+        self, request: Request, group: OutputGroup, tokenizer: Tokenizer, eos_token_ids: frozenset[int]
     ) -> None:
         self.request = request
+        self.group = group
+        group.builders.append(self)
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.error: str | None = None
         self.last_token_time: float | None = None
-        self._prompt = prompt
-        self._prompt_token_ids = request.prompt_token_ids
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._detokenizer = Detokenizer(tokenizer, request.params) if request.params.detokenize else None
@@ -54,16 +99,15 @@ class OutputBuilder:
         if self._detokenizer is not None and self.finish_reason is not None:
             self._detokenizer.flush()
 
-    def build(self) -> RequestOutput:
-        """The request as it stands; what is new in it counts as handed out."""
-        request = self.request
+    def build(self, index: int) -> CompletionOutput:
+        """The sequence as it stands; what is new in it counts as handed out."""
         text, num_ready = "", 0
         if self._detokenizer is not None:
             text = self._detokenizer.text
             num_ready = len(text) if self.finish_reason is not None else self._detokenizer.num_ready
-        token_ids = request.output_token_ids
+        token_ids = self.request.output_token_ids
         completion = CompletionOutput(
-            index=0,
+            index=index,
             text=text[:num_ready],
             token_ids=token_ids,
             logprobs=None if self._logprobs is None else self._logprobs.copy(),
@@ -74,22 +118,7 @@ class OutputBuilder:
             delta_token_ids=token_ids[self._num_emitted_tokens :],
         )
         self._num_emitted_chars, self._num_emitted_tokens = num_ready, len(token_ids)
-        metrics = RequestMetrics(
-            request.arrival_time,
-            request.first_scheduled_time,
-            request.first_token_time,
-            request.finished_time,
-            request.num_preemptions,
-        )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=self._prompt,
-            prompt_token_ids=self._prompt_token_ids,
-            outputs=[completion],
-            finished=self.finish_reason is not None,
-            metrics=metrics,
-            error=self.error,
-        )
+        return completion
 
     def _append_text(self, token_id: int, detokenizer: Detokenizer, may_stop: bool) -> bool:
         """Add the token's text, unless it is a stop token's; False when the text is cut at a stop string."""

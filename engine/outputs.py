@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+# "deadline": it could not meet its own, and was dropped
+FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,11 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """The state of one request. ``prompt`` is None when it came as token ids; ``error`` says why it failed."""
+    """The state of one request: ``outputs`` are the ``n`` continuations that it asked for.
+
+    ``prompt`` is None when it came as token ids; ``error`` says why it, or one of several continuations, failed.
+    ``num_cached_tokens`` of the prompt were found in the prefix cache.
+    """
 
     request_id: str
     prompt: str | None
@@ -71,3 +76,4 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     error: str | None = None
+    num_cached_tokens: int = 0

@@ -1,6 +1,7 @@
 """How a batch is formed, as data: ``BatchingPolicy`` is the axes, a batching system is a row of ``POLICIES``.
 
 The scheduler reads the axes and never a name, so that two systems are compared on one engine with nothing else changed.
+docs/batching.md says where each row's rules come from.
 """
 
 from __future__ import annotations
@@ -8,67 +9,216 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
+_FIT_RANKS = {"step": 0, "sequence": 1, "max_tokens": 2}
+
 
 @dataclass(frozen=True)
 class BatchingPolicy:
     """The axes along which batching systems differ.
 
-    ``reserve``: the blocks a request holds: those of the tokens computed so far and in this "step"; of the whole
-    "prompt" from its first step on; or of "prompt_and_max_tokens".
-    ``join``: waiting requests join the running ones in "every_step", or "when_empty": when none runs.
-    ``order``: who takes from the token budget first: "running_first" or "waiting_first".
-    ``chunk_prefill``: prompts are cut to fit the token budget. Without it a prompt is computed in one step, whatever
-    the budget.
+    Memory when a request joins: blocks for its first "step", for the "sequence" as it is now (the prompt, and after a
+    preemption what it had generated), or for all that it can come to ("max_tokens").
+
+    ``reserve``: the blocks it takes.
+    ``must_fit``: the blocks that must be free.
+    ``headroom_blocks``: so many more must be free for each request that runs, which keeps who joins from being
+    preempted at once.
+    ``watermark``: this share of all blocks must stay free when a request joins others. ``watermark_gates`` "each_join",
+    or once at the step's beginning "prefills": below it only decodes run, and one prefill when there are none.
+
+    Who joins, and when:
+
+    ``join``: "every_step", or "when_empty": when none runs.
+    ``join_ratio``, ``join_patience``: nobody joins until those who can are this share of the running ones, or this many
+    steps had no join.
+    ``join_after_preemption``: from the "next_step" on, or "when_one_ended".
+    ``overtake_window``: in a step so many waiting requests that do not fit are passed over; with 0 the first stops all.
+    ``max_overtakes``: a request that so many have passed is passed no more; None is no bound.
+
+    Who gets tokens:
+
+    ``order``: "running_first": running requests in the order they started, then waiting ones; "decode_first": the same,
+    but prompts that are partly computed come after all decodes; or "waiting_first".
+    ``mix``: newcomers and running requests share a step; without it those that join are computed alone.
+    ``prefill``: "whole": a prompt is computed in one step, whatever the budget; "whole_within_budget": the same, but
+    others join only as far as the token budget goes; "chunked": prompts are cut to fill the budget; "equal_chunks":
+    cut so that all prompts in the step progress equally.
+    ``chunk_unit``: a chunk that does not end its prompt is a number of "token"s or of "block"s.
     ``pad``: the batch is a rectangle: prompts are padded to the longest, and a finished request keeps its row and its
     blocks until the last of its batch ends.
-    ``when_full``: when a running request finds no block, "recompute_last": the request that started last gives up its
-    blocks and computes its tokens again later; or "never": it cannot happen.
-    ``headroom_blocks``: free blocks per running request that must remain when another one joins, so that who joins is
-    not preempted at once.
+
+    When a running request finds no block:
+
+    ``when_full``: "preempt_last": the request that started last (with an order by priority: the least important) gives
+    up its blocks, until there are enough; "preempt_starved": who finds none sits out the step, and the newest of these
+    give up theirs until the others fit; "stall": who finds none sits out, and only when nobody can go on the newest
+    gives up its blocks; "never": it cannot happen.
+    ``preempt_by``: its tokens are forgotten and computed again ("recompute"), kept in host memory while there is room
+    ("swap"), or what costs less ("cheapest").
+    ``requeue``: who gave up its blocks waits in its "own_place", or at the "tail".
     """
 
-    reserve: Literal["step", "prompt", "prompt_and_max_tokens"]
+    reserve: Literal["step", "sequence", "max_tokens"]
+    must_fit: Literal["step", "sequence", "max_tokens"]
     join: Literal["every_step", "when_empty"]
-    order: Literal["running_first", "waiting_first"]
-    chunk_prefill: bool
-    pad: bool
-    when_full: Literal["recompute_last", "never"]
+    order: Literal["running_first", "decode_first", "waiting_first"]
+    prefill: Literal["whole", "whole_within_budget", "chunked", "equal_chunks"]
+    when_full: Literal["preempt_last", "preempt_starved", "stall", "never"]
     headroom_blocks: int = 0
+    watermark: float = 0.0
+    watermark_gates: Literal["each_join", "prefills"] = "each_join"
+    join_ratio: float = 0.0
+    join_patience: int = 0
+    join_after_preemption: Literal["next_step", "when_one_ended"] = "next_step"
+    overtake_window: int = 0
+    max_overtakes: int | None = 0
+    mix: bool = True
+    chunk_unit: Literal["token", "block"] = "token"
+    pad: bool = False
+    preempt_by: Literal["recompute", "swap", "cheapest"] = "recompute"
+    requeue: Literal["own_place", "tail"] = "own_place"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
             value, allowed = getattr(self, field.name), get_args(hints[field.name])
-            if allowed and value not in allowed:
+            if allowed and isinstance(allowed[0], str) and value not in allowed:
                 raise ValueError(f"{field.name}={value!r} is not allowed: it must be one of {', '.join(allowed)}")
-        if self.when_full == "never" and self.reserve != "prompt_and_max_tokens":
+        for name in ("headroom_blocks", "join_patience", "overtake_window", "join_ratio", "max_overtakes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} is not allowed: it must be >= 0")
+        if not 0.0 <= self.watermark < 1.0:
+            raise ValueError(f"watermark={self.watermark} is not allowed: it must be in [0, 1)")
+        self._validate_combinations()
+
+    def _validate_combinations(self) -> None:
+        if _FIT_RANKS[self.reserve] > _FIT_RANKS[self.must_fit]:
+            raise ValueError(f"reserve={self.reserve!r} is not allowed with must_fit={self.must_fit!r}, which is less")
+        if self.when_full == "never" and self.reserve != "max_tokens":
             raise ValueError(f"when_full='never' is not allowed with reserve={self.reserve!r}: blocks can run out")
-        if self.pad and (self.join != "when_empty" or self.chunk_prefill or self.when_full != "never"):
-            raise ValueError("pad=True is not allowed unless join='when_empty', chunk_prefill=False, when_full='never'")
-        if self.headroom_blocks < 0:
-            raise ValueError(f"headroom_blocks={self.headroom_blocks} is not allowed: it must be >= 0")
+        if self.pad and (self.join != "when_empty" or self.prefill != "whole" or self.when_full != "never"):
+            raise ValueError("pad=True is not allowed unless join='when_empty', prefill='whole', when_full='never'")
+        if self.prefill == "equal_chunks" and (self.reserve == "step" or self.order != "decode_first"):
+            raise ValueError(
+                "prefill='equal_chunks' is not allowed unless order='decode_first' and reserve is not 'step'"
+            )
+        if not self.mix and (self.order != "waiting_first" or not self.is_whole):
+            raise ValueError("mix=False is not allowed unless order='waiting_first' and prompts are whole")
+
+    @property
+    def takes_blocks_stepwise(self) -> bool:
+        """A request never takes the blocks of more than a step's tokens at once."""
+        return self.reserve == "step" and not self.is_whole
+
+    @property
+    def is_whole(self) -> bool:
+        """A prompt is computed in one step."""
+        return self.prefill in ("whole", "whole_within_budget")
 
 
 POLICIES: dict[str, BatchingPolicy] = {
-    # Continuous batching with on-demand blocks: decodes first, then prefill chunks fill the token budget.
+    # Decodes first, prompts fill the budget; who joins leaves each running request two blocks to grow into, and a
+    # prompt that does not fit lets smaller ones pass, for a while.
     "default": BatchingPolicy(
         reserve="step",
+        must_fit="sequence",
+        headroom_blocks=2,
         join="every_step",
-        order="running_first",
-        chunk_prefill=True,
-        pad=False,
-        when_full="recompute_last",
-        headroom_blocks=1,
+        overtake_window=8,
+        max_overtakes=32,
+        order="decode_first",
+        prefill="chunked",
+        when_full="preempt_last",
+        preempt_by="cheapest",
     ),
     # The textbook's static batching: a padded rectangle that runs until its last sequence ends. Its tokens are handed
     # out as they are produced, not when the batch ends, which favours this baseline in time to first token and latency.
     "static": BatchingPolicy(
-        reserve="prompt_and_max_tokens",
+        reserve="max_tokens",
+        must_fit="max_tokens",
         join="when_empty",
         order="waiting_first",
-        chunk_prefill=False,
+        prefill="whole",
         pad=True,
         when_full="never",
+    ),
+    "orca": BatchingPolicy(
+        reserve="max_tokens",
+        must_fit="max_tokens",
+        join="every_step",
+        order="running_first",
+        prefill="whole",
+        when_full="never",
+    ),
+    "vllm": BatchingPolicy(
+        reserve="step",
+        must_fit="sequence",
+        watermark=0.01,
+        join="every_step",
+        order="running_first",
+        prefill="chunked",
+        when_full="preempt_last",
+    ),
+    "trtllm-no-evict": BatchingPolicy(
+        reserve="max_tokens",
+        must_fit="max_tokens",
+        join="every_step",
+        order="decode_first",
+        prefill="chunked",
+        chunk_unit="block",
+        when_full="never",
+    ),
+    "trtllm-max-utilization": BatchingPolicy(
+        reserve="sequence",
+        must_fit="sequence",
+        join="every_step",
+        order="decode_first",
+        prefill="chunked",
+        chunk_unit="block",
+        when_full="preempt_last",
+    ),
+    "tgi": BatchingPolicy(
+        reserve="max_tokens",
+        must_fit="max_tokens",
+        join="every_step",
+        order="running_first",
+        prefill="chunked",
+        when_full="never",
+    ),
+    "tgi-unchunked": BatchingPolicy(
+        reserve="max_tokens",
+        must_fit="max_tokens",
+        join="every_step",
+        join_ratio=0.3,
+        join_patience=20,
+        order="waiting_first",
+        mix=False,
+        prefill="whole_within_budget",
+        when_full="never",
+    ),
+    "splitfuse": BatchingPolicy(
+        reserve="step",
+        must_fit="sequence",
+        join="every_step",
+        order="decode_first",
+        prefill="chunked",
+        when_full="stall",
+        requeue="tail",
+    ),
+    "transformers": BatchingPolicy(
+        reserve="step",
+        must_fit="step",
+        watermark=0.15,
+        watermark_gates="prefills",
+        join="every_step",
+        join_after_preemption="when_one_ended",
+        overtake_window=256,
+        max_overtakes=None,
+        order="decode_first",
+        prefill="chunked",
+        when_full="preempt_starved",
+        preempt_by="swap",
     ),
 }
 

@@ -39,6 +39,7 @@ def _require_bool(name: str, value: Any) -> None:
 class SamplingParams:
     """How the tokens of one request are chosen and when they end.
 
+    ``n`` continuations are drawn, each from a seed of its own, and share the prompt's place in the cache.
     ``temperature`` 0 is greedy. ``top_k`` 0 and -1 switch it off. ``min_p`` drops tokens less likely than ``min_p``
     times the likeliest. ``seed`` makes the tokens the same whatever else is in the batch; without it a seed is drawn
     from the engine's own. ``stop`` strings end the generation and are cut off unless ``include_stop_str_in_output``;
@@ -48,6 +49,7 @@ class SamplingParams:
     logits, before temperature and masks) and the chosen token's. ``detokenize`` False returns ids and no text.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -64,6 +66,7 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
+        _require_int("n", self.n, "an int >= 1", 1)
         _require_number("temperature", self.temperature, "a finite number >= 0", 0.0, math.inf)
         _require_number("top_p", self.top_p, "a number in (0, 1]", 0.0, 1.0, exclude_low=True)
         _require_number("min_p", self.min_p, "a number in [0, 1]", 0.0, 1.0)

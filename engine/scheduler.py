@@ -1,31 +1,41 @@
 """``Scheduler``: waiting queue and running set in, a ``StepPlan`` out. No torch, and no clock: time is passed in.
 
 A step gives each scheduled request some number of its uncomputed tokens; that is the whole rule. A decode is one token,
-a prefill many, a chunked prefill some, and recomputing after a preemption starts again at zero.
+a prefill many, a chunked prefill some, and recomputing after a preemption starts again at zero. The policy says how
+many and who may join (policy.py), the queue who is next (orders.py).
 
-Progress: the request that started first is never preempted by a later one, and ``add`` refuses what the pool can not
-hold alone, so the first running request always advances. A request joins only while token budget is left after all
-running ones took theirs, so there are never more running requests than the budget serves in a step. No step costs more
-than O(running + joined); the waiting queue is only touched at its head.
+Progress: a request gives up its blocks only to one that started before it (or, under an order by priority, that ranks
+before it), and ``add`` refuses what the pool can not hold alone, so somebody always advances. No step costs more than
+O(running + joined * log waiting).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from pagedattn.engine.block_manager import BlockManager
+from pagedattn.engine.block_manager import BlockManager, BlockTransfers, CachedPrefix
+from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredictor
+from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue
 from pagedattn.engine.policy import BatchingPolicy
+from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.request import Request
+from pagedattn.engine.waiting_queue import KeyedQueue
+
+# How fast a step can be: a faster one counts at once, slower ones slowly, so that nobody is dropped for one slow step.
+_STEP_TIME_GROWTH = 1.02
+
+
+NO_TRANSFERS = BlockTransfers()
 
 
 class RequestRejectedError(ValueError):
     """The request can never be served here, whatever else runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """``num_tokens`` tokens of ``request`` from position ``num_computed_tokens`` on are computed in this step.
 
     ``needs_sample``: its last token is among them, so that a new one follows.
@@ -39,11 +49,17 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes. ``num_padding_tokens`` rows more belong to nobody (docs/architecture.md, "Padding")."""
+    """What one step computes. ``num_padding_tokens`` rows more belong to nobody (docs/architecture.md, "Padding").
+
+    ``dropped``: requests that can not meet their deadline; the scheduler has forgotten them. With nothing else left the
+    plan is empty: there is nothing to compute.
+    """
 
     scheduled: tuple[ScheduledRequest, ...]
     num_padding_tokens: int = 0
     preempted: tuple[Request, ...] = ()
+    dropped: tuple[Request, ...] = ()
+    transfers: BlockTransfers = NO_TRANSFERS  # to be made before the step
 
     @property
     def num_seqs(self) -> int:
@@ -73,22 +89,50 @@ class BlockUsage:
 
 @dataclass(slots=True)
 class _StepInTheMaking:
+    now: float
     token_budget: int
+    may_prefill: bool  # False: only decodes run, and one prefill where there is none
     num_tokens: dict[Request, int] = field(default_factory=dict)
+    uncut: dict[Request, int] = field(default_factory=dict)  # under "equal_chunks", not yet taken from the budget
+    num_promised_tokens: int = 0  # of them: one unit each, or less where less is left of a prompt
+    joined: list[Request] = field(default_factory=list)
+    starved: list[Request] = field(default_factory=list)  # found no block
     preempted: list[Request] = field(default_factory=list)
+    dropped: list[Request] = field(default_factory=list)
 
 
 class Scheduler:
+    """``order`` decides who joins first, ``predictor`` guesses lengths for the orders that need them."""
+
     def __init__(
-        self, block_manager: BlockManager, policy: BatchingPolicy, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        block_manager: BlockManager,
+        policy: BatchingPolicy,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        order: QueueOrder = ORDERS["fcfs"],
+        predictor: LengthPredictor | None = None,
     ) -> None:
         self.block_manager = block_manager
         self.policy = policy
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: OrderedDict[str, Request] = OrderedDict()  # a queue that gives up any request in O(1)
+        self.predictor = MeanLengthPredictor() if predictor is None else predictor
+        self.waiting = make_queue(order, self.predictor)
         self.running: list[Request] = []  # in the order they started
         self.lingering: list[Request] = []  # finished; padded rows of a batch that still runs, blocks held
+        self.prefix_cache_queries = 0  # prompt tokens of requests when they joined for the first time
+        self.prefix_cache_hits = 0  # those of them that were not computed
+        self._deadlines = KeyedQueue(self._next_deadline_check)
+        self._chunk_unit = block_manager.block_size if policy.chunk_unit == "block" else 1
+        self._num_watermark_blocks = int(policy.watermark * block_manager.num_blocks)
+        self._num_queued = 0
+        self._num_steps_without_join = 0
+        self._now = 0.0
+        self._last_step_time: float | None = None  # None: nothing was computed
+        self._step_seconds = 0.0  # of the fastest steps lately
+        self._is_closed = False  # after a preemption, until a running request has ended
 
     @property
     def has_unfinished(self) -> bool:
@@ -96,43 +140,60 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestRejectedError when all blocks together could not hold it."""
-        if request.max_cached_tokens > self.block_manager.capacity:
+        if self._peak_blocks(request.max_cached_tokens) > self.block_manager.num_blocks:
             raise RequestRejectedError(
                 f"the request can come to {request.max_num_tokens} tokens (prompt {request.num_prompt_tokens}), which "
-                f"need {self.block_manager.blocks_for(request.max_cached_tokens)} KV blocks; there are "
+                f"need {self._peak_blocks(request.max_cached_tokens)} KV blocks; there are "
                 f"{self.block_manager.num_blocks} of {self.block_manager.block_size} tokens"
             )
-        self.waiting[request.request_id] = request
+        self._number(request)
+        self.waiting.add(request)
+        self.block_manager.expect(request)
+        if request.next_deadline is not None:
+            self._deadlines.add(request)
 
     def schedule(self, now: float) -> StepPlan:
         """Choose the tokens of the next step and take the blocks for them. ``now``: seconds, on any clock."""
-        step = _StepInTheMaking(self.max_num_batched_tokens)
-        if self.policy.order == "running_first":
-            self._continue_running(step)
-            self._admit_waiting(step, now)
+        is_tight = self.block_manager.num_free < self._num_watermark_blocks
+        may_prefill = not (is_tight and self.policy.watermark_gates == "prefills")
+        step = _StepInTheMaking(now, self.max_num_batched_tokens, may_prefill)
+        self._note_step_time(now)
+        self._drop_late(step)
+        if self.policy.order == "waiting_first":
+            self._admit_waiting(step)
+            if self.policy.mix or not step.joined:
+                self._continue_running(step)
         else:
-            self._admit_waiting(step, now)
             self._continue_running(step)
-        return StepPlan(
-            tuple(
-                ScheduledRequest(
-                    request, request.num_computed_tokens, num_tokens, num_tokens == request.num_uncomputed_tokens
-                )
-                for request, num_tokens in step.num_tokens.items()
-            ),
-            self._num_padding_tokens(step.num_tokens.values()),
-            tuple(step.preempted),
-        )
+            self._admit_waiting(step)
+        self._relieve_starved(step)
+        if self.policy.prefill == "equal_chunks":
+            self._cut_equal_chunks(step)
+        self._num_steps_without_join = 0 if step.joined else self._num_steps_without_join + 1
+        self._last_step_time = now if step.num_tokens else None
+        return self._plan(step)
 
     def advance(self, scheduled: ScheduledRequest) -> None:
-        """The step ran: these tokens are in the cache."""
-        scheduled.request.num_computed_tokens = scheduled.num_computed_tokens + scheduled.num_tokens
+        """The step ran: these tokens are in the cache, and the token that followed is the request's."""
+        request = scheduled.request
+        request.num_computed_tokens = scheduled.num_computed_tokens + scheduled.num_tokens
+        self.block_manager.commit(request)
+        if scheduled.needs_sample and self.waiting.accounts:
+            self.waiting.served(request)
 
-    def finish(self, request: Request) -> None:
-        """The request leaves, for whatever reason; its blocks are free unless its padded batch still runs."""
-        if self.waiting.pop(request.request_id, None) is not None:
+    def finish(self, request: Request, *, is_complete: bool = True) -> None:
+        """The request leaves, for whatever reason; its blocks are free unless its padded batch still runs.
+
+        ``is_complete``: it ended by itself, so that its length says something about others'.
+        """
+        if is_complete:
+            self.predictor.observe(request)
+        self._deadlines.remove(request)
+        if self.waiting.remove(request):
+            self.block_manager.free(request)
             return
         self.running.remove(request)
+        self._is_closed = False
         self.lingering.append(request)
         if self.running and self.policy.pad:
             return
@@ -142,99 +203,341 @@ class Scheduler:
 
     def block_usage(self, plan: StepPlan | None = None) -> BlockUsage:
         """The blocks now, or with the tokens of ``plan`` in them."""
-        block_size = self.block_manager.block_size
+        block_size, num_unfilled_slots = self.block_manager.block_size, self.block_manager.num_unfilled_slots
         num_planned = {item.request: item.num_tokens for item in plan.scheduled} if plan is not None else {}
-        num_filled = max_wasted = 0
-        for request in self.running:
-            num_tokens = request.num_computed_tokens + num_planned.get(request, 0)
-            num_filled += num_tokens
-            max_wasted = max(max_wasted, len(request.block_ids) * block_size - num_tokens)
-        for request in self.lingering:
-            max_wasted = max(max_wasted, len(request.block_ids) * block_size)
+        wasted = [
+            num_unfilled_slots(request, request.num_computed_tokens + num_planned.get(request, 0))
+            for request in self.running
+        ]
+        # A padded batch's ended rows use nothing of what they hold.
+        wasted += [len(request.block_ids) * block_size for request in self.lingering]
         num_used = self.block_manager.num_used
-        return BlockUsage(self.block_manager.num_blocks, num_used, num_used * block_size, num_filled, max_wasted)
+        num_slots = num_used * block_size
+        return BlockUsage(
+            self.block_manager.num_blocks, num_used, num_slots, num_slots - sum(wasted), max(wasted, default=0)
+        )
 
     def check_integrity(self) -> None:
         """Blocks are whole, and held by running and lingering requests only. Raises AssertionError."""
         self.block_manager.check_integrity()
-        num_held = sum(len(request.block_ids) for request in [*self.running, *self.lingering])
-        assert num_held == self.block_manager.num_used, f"{self.block_manager.num_used} blocks used, {num_held} held"
+        held = {id_ for request in [*self.running, *self.lingering] for id_ in request.block_ids if id_ != NO_BLOCK}
+        assert len(held) == self.block_manager.num_used, f"{self.block_manager.num_used} blocks used, {len(held)} held"
         assert len(self.running) <= self.max_num_seqs, f"{len(self.running)} running, at most {self.max_num_seqs}"
-        for request in self.waiting.values():
+        waiting = list(self.waiting)
+        assert len(waiting) == len(self.waiting), f"{len(self.waiting)} said to wait, {len(waiting)} do"
+        assert not set(waiting) & set(self.running), "a request waits and runs"
+        for request in waiting:
             assert not request.block_ids, f"{request} waits and holds blocks"
         for request in self.running:
             num_slots = len(request.block_ids) * self.block_manager.block_size
             assert request.num_computed_tokens <= num_slots, f"{request} has more tokens than slots"
 
-    def _num_step_tokens(self, request: Request, step: _StepInTheMaking) -> int:
-        if not self.policy.chunk_prefill:
-            return request.num_uncomputed_tokens
-        return min(request.num_uncomputed_tokens, step.token_budget)
+    # What a request gets in a step
 
-    def _plan_tokens(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
+    def _num_step_tokens(self, request: Request, step: _StepInTheMaking) -> int:
+        """How many of its uncomputed tokens; 0 when the budget has none for it."""
+        num_tokens = request.num_uncomputed_tokens
+        prefill, budget = self.policy.prefill, step.token_budget
+        if num_tokens == 1 and budget > 0 and not step.uncut:
+            return 1
+        if prefill == "whole":
+            return num_tokens
+        if prefill == "whole_within_budget":
+            return num_tokens if num_tokens <= max(budget, 1) or not step.num_tokens else 0
+        if prefill == "equal_chunks":  # cut in the end, when it is known how many there are
+            has_chunk = step.num_promised_tokens + min(num_tokens, self._chunk_unit) <= budget
+            return num_tokens if has_chunk or not step.num_tokens else 0
+        if num_tokens <= budget:
+            return num_tokens
+        return budget - budget % self._chunk_unit or (0 if step.num_tokens else budget)
+
+    def _give_tokens(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
         step.num_tokens[request] = num_tokens
-        step.token_budget -= num_tokens
+        if self.policy.prefill == "equal_chunks" and (num_tokens > 1 or step.uncut):
+            step.uncut[request] = num_tokens
+            step.num_promised_tokens += min(num_tokens, self._chunk_unit)
+        else:
+            step.token_budget -= num_tokens
+
+    def _take_back_tokens(self, request: Request, step: _StepInTheMaking) -> None:
+        """Undo ``_give_tokens``, if it was called."""
+        num_tokens = step.num_tokens.pop(request, 0)
+        if step.uncut.pop(request, None) is None:
+            step.token_budget += num_tokens
+        else:
+            step.num_promised_tokens -= min(num_tokens, self._chunk_unit)
+
+    def _cut_equal_chunks(self, step: _StepInTheMaking) -> None:
+        """Share the budget among the prompts: each gets the same, but no more than it needs; what is left goes to the
+        first ones."""
+        open_prompts, budget, unit = step.uncut, step.token_budget, self._chunk_unit
+        if sum(open_prompts.values()) <= budget:
+            return
+        share = 0
+        while open_prompts:
+            share = budget // len(open_prompts)
+            fitting = [request for request, num_tokens in open_prompts.items() if num_tokens <= share]
+            if not fitting:
+                break
+            budget -= sum(open_prompts.pop(request) for request in fitting)
+        chunk = share - share % unit
+        budget -= chunk * len(open_prompts)
+        for request, num_tokens in open_prompts.items():
+            extra = min(num_tokens - chunk, unit if chunk else budget)
+            if extra > budget:
+                extra = 0
+            budget -= extra
+            step.num_tokens[request] = chunk + extra
+
+    # Running requests
 
     def _continue_running(self, step: _StepInTheMaking) -> None:
-        index = 0
-        while index < len(self.running):  # preemption shortens the list from its end
-            request = self.running[index]
-            index += 1
-            if request in step.num_tokens:
-                continue
-            num_tokens = self._num_step_tokens(request, step)
-            if num_tokens == 0:
-                return
-            if self._find_blocks(request, request.num_computed_tokens + num_tokens, step):
-                self._plan_tokens(request, num_tokens, step)
+        decode_first = self.policy.order == "decode_first"
+        prefills: list[Request] = []
+        ensure, num_tokens = self.block_manager.ensure, step.num_tokens
+        for request in list(self.running):
+            is_decode = request.num_uncomputed_tokens == 1
+            is_plain = is_decode and step.token_budget > 0 and not step.preempted and request not in num_tokens
+            if is_plain and ensure(request, request.num_computed_tokens + 1):
+                # What nearly all requests of nearly all steps need, without a call for each part of it.
+                num_tokens[request] = 1
+                step.token_budget -= 1
+            elif decode_first and not is_decode:
+                prefills.append(request)
+            else:
+                self._continue(request, step)
+        for request in prefills:
+            self._continue(request, step)
+
+    def _continue(self, request: Request, step: _StepInTheMaking) -> None:
+        if request in step.num_tokens or request in step.preempted:
+            return
+        if not step.may_prefill and step.num_tokens and request.num_uncomputed_tokens > 1:
+            return
+        num_tokens = self._num_step_tokens(request, step)
+        if num_tokens and self._find_blocks(request, request.num_computed_tokens + num_tokens, step):
+            self._give_tokens(request, num_tokens, step)
 
     def _find_blocks(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> bool:
-        """Blocks for a running request, from those that started after it if need be; False when it gave up its own."""
+        """Blocks for a running request, by the policy's means; False when it gets none and sits out the step."""
         while not self.block_manager.ensure(request, num_tokens):
-            assert self.policy.when_full == "recompute_last", f"{request} ran out of the blocks it had reserved"
-            victim = self.running.pop()
+            assert self.policy.when_full != "never", f"{request} ran out of the blocks it had reserved"
+            if self.policy.when_full != "preempt_last":
+                step.starved.append(request)
+                return False
+            victim = self._choose_victim()
             self._preempt(victim, step)
             if victim is request:
                 return False
         return True
 
+    def _choose_victim(self) -> Request:
+        if self.waiting.ranks_victims:
+            return max(reversed(self.running), key=self.waiting.rank)
+        return self.running[-1]
+
     def _preempt(self, victim: Request, step: _StepInTheMaking) -> None:
-        step.num_tokens.pop(victim, None)
+        """Take a running request's blocks away and queue it again."""
+        self.running.remove(victim)
+        self._take_back_tokens(victim, step)
         step.preempted.append(victim)
-        self.block_manager.free(victim)
-        victim.num_computed_tokens = 0
+        self._release(victim)
         victim.num_preemptions += 1
-        self.waiting[victim.request_id] = victim
-        self.waiting.move_to_end(victim.request_id, last=False)
+        if self.policy.requeue == "tail":
+            victim.queue_time = step.now
+            self._number(victim)
+        self.waiting.put_back(victim)
+        self.block_manager.expect(victim)
+        self._is_closed = self.policy.join_after_preemption == "when_one_ended"
 
-    def _admit_waiting(self, step: _StepInTheMaking, now: float) -> None:
+    def _release(self, request: Request) -> None:
+        """Its blocks are free, and what it has computed is kept in host memory or forgotten."""
+        if not self.block_manager.preempt(request, self.policy.preempt_by):
+            request.num_computed_tokens = 0
+
+    def _relieve_starved(self, step: _StepInTheMaking) -> None:
+        """Requests that found no block: the newest give up theirs, as far as the policy wants it."""
+        if self.policy.when_full == "preempt_starved":
+            while step.starved and len(self.running) > 1 and not self._fit_next_step(step.starved):
+                self._preempt(step.starved.pop(), step)
+        while step.starved and not step.num_tokens:
+            if self.policy.when_full == "stall" or not self._fit_next_step(step.starved):
+                self._preempt(self.running[-1], step)
+            step.starved.clear()
+            self._continue_running(step)
+
+    def _fit_next_step(self, starved: list[Request]) -> bool:
+        blocks_for, budget = self.block_manager.blocks_for, self.max_num_batched_tokens
+        num_missing = sum(
+            blocks_for(request.num_computed_tokens + min(request.num_uncomputed_tokens, budget))
+            - len(request.block_ids)
+            for request in starved
+        )
+        return num_missing <= self.block_manager.num_free
+
+    # Waiting requests
+
+    def _admit_waiting(self, step: _StepInTheMaking) -> None:
+        """Those who are next join, as long as budget, blocks and the policy's rules last."""
         # Who joins in a step that ran out of blocks would be the next to be preempted.
-        if step.preempted or (self.policy.join == "when_empty" and self.running):
+        if step.preempted or (self.running and (self._is_closed or self.policy.join == "when_empty")):
             return
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            request = next(iter(self.waiting.values()))
-            num_tokens = self._num_step_tokens(request, step)
-            if num_tokens == 0 or not self._reserve(request, num_tokens):
-                return
-            del self.waiting[request.request_id]
-            self.running.append(request)
+        min_joins = 0
+        if self._num_steps_without_join + 1 < self.policy.join_patience:
+            min_joins = int(len(self.running) * self.policy.join_ratio)
+        if len(self.waiting) < min_joins:
+            return
+        self._join_next(step)
+        if len(step.joined) < min_joins:
+            for request in reversed(step.joined):
+                self._withdraw(request, step)
+            step.joined.clear()
+        for request in step.joined:
             if request.first_scheduled_time is None:
-                request.first_scheduled_time = now
-            self._plan_tokens(request, num_tokens, step)
+                request.first_scheduled_time = step.now
+                self._count_cached(request)
 
-    def _reserve(self, request: Request, num_tokens: int) -> bool:
+    def _count_cached(self, request: Request) -> None:
+        request.num_cached_tokens = request.num_computed_tokens
+        self.prefix_cache_queries += request.num_prompt_tokens
+        self.prefix_cache_hits += request.num_cached_tokens
+
+    def _join_next(self, step: _StepInTheMaking) -> None:
+        policy, waiting = self.policy, self.waiting
+        misfits: list[Request] = []
+        deferred: list[Request] = []  # what they would compute next is being computed
+        may_defer = policy.join == "every_step"
+        num_may_pass = self.max_num_seqs  # how many may still join past the misfits
+        while waiting and len(self.running) < self.max_num_seqs and num_may_pass > 0 and self._has_room(step):
+            request = waiting.take(step.now)
+            prefix = self.block_manager.find_prefix(request, may_wait=may_defer)
+            if prefix is None:
+                deferred.append(request)
+                if len(deferred) == self.max_num_seqs:
+                    break
+                continue
+            num_kept, request.num_computed_tokens = request.num_computed_tokens, prefix.num_tokens
+            num_tokens = self._num_step_tokens(request, step)
+            if num_tokens and self._reserve(request, prefix, num_tokens):
+                self._join(request, num_tokens, step)
+                num_may_pass -= bool(misfits)
+                for misfit in misfits:
+                    misfit.num_overtaken += 1
+                continue
+            request.num_computed_tokens = num_kept
+            misfits.append(request)
+            if not num_tokens or len(misfits) > policy.overtake_window:
+                break
+            if policy.max_overtakes is not None:
+                num_may_pass = min(num_may_pass, policy.max_overtakes - request.num_overtaken)
+        for request in [*misfits, *deferred]:
+            waiting.put_back(request)
+
+    def _has_room(self, step: _StepInTheMaking) -> bool:
+        """Whether it is worth looking at who is next."""
+        if not step.may_prefill and step.num_tokens:
+            return False
+        has_budget = step.token_budget > 0 or self.policy.prefill == "whole"
+        return has_budget and self.block_manager.num_free > self.policy.headroom_blocks * len(self.running)
+
+    def _reserve(self, request: Request, prefix: CachedPrefix, num_tokens: int) -> bool:
         """The blocks that a request holds when it joins; False, and none taken, when it has to wait."""
-        if self.policy.reserve == "prompt_and_max_tokens":
-            num_fitting = num_held = request.max_cached_tokens
-        else:
-            num_fitting = request.num_tokens  # all of it must fit, or it would be preempted before its first token
-            num_held = num_tokens if self.policy.reserve == "step" else request.num_tokens
-        num_needed = self.block_manager.blocks_for(num_fitting) + self.policy.headroom_blocks * len(self.running)
-        return num_needed <= self.block_manager.num_free and self.block_manager.ensure(request, num_held)
+        policy = self.policy
+        wanted = {
+            "step": request.num_computed_tokens + num_tokens,
+            "sequence": request.num_tokens,
+            "max_tokens": request.max_cached_tokens,
+        }
+        max_step_tokens = self._max_step_tokens(wanted[policy.must_fit])
+        num_needed = self.block_manager.num_missing(prefix, wanted[policy.must_fit], max_step_tokens)
+        num_needed += policy.headroom_blocks * len(self.running)
+        if self.running and policy.watermark_gates == "each_join":
+            num_needed += self._num_watermark_blocks
+        return num_needed <= self.block_manager.num_free and self.block_manager.admit(
+            request, prefix, wanted[policy.reserve]
+        )
+
+    def _peak_blocks(self, num_tokens: int) -> int:
+        """The most blocks that a request of so many tokens comes to hold."""
+        return self.block_manager.peak_blocks(num_tokens, self._max_step_tokens(num_tokens))
+
+    def _max_step_tokens(self, num_tokens: int) -> int:
+        """The most of a request's tokens whose blocks are taken at once; windows let go of those before them."""
+        return min(num_tokens, self.max_num_batched_tokens) if self.policy.takes_blocks_stepwise else num_tokens
+
+    def _join(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
+        self.running.append(request)
+        step.joined.append(request)
+        self._give_tokens(request, num_tokens, step)
+        self.waiting.joined(request)
+
+    def _withdraw(self, request: Request, step: _StepInTheMaking) -> None:
+        """Undo ``_join``."""
+        self.running.remove(request)
+        self._take_back_tokens(request, step)
+        self._release(request)
+        self.waiting.withdrawn(request)
+        self.waiting.put_back(request)
+        self.block_manager.expect(request)
+
+    def _number(self, request: Request) -> None:
+        """Its place among requests of the same time: behind all that have one."""
+        self._num_queued += 1
+        request.queue_number = self._num_queued
+
+    # Deadlines
+
+    def _drop_late(self, step: _StepInTheMaking) -> None:
+        """Requests that would miss their deadline even if they went on now, as fast as the fastest step."""
+        while self._deadlines and self._deadlines.smallest_key() <= step.now:
+            request = self._deadlines.take(step.now)
+            if self._latest_start(request) > step.now:
+                self._deadlines.put_back(request)
+            else:
+                self.finish(request, is_complete=False)
+                step.dropped.append(request)
+
+    def _latest_start(self, request: Request) -> float:
+        """When the request has to be in every step from then on to meet its deadlines, as far as we know."""
+        num_steps = -(-request.num_uncomputed_tokens // self.max_num_batched_tokens)
+        latest = math.inf
+        if request.first_token_deadline is not None and not request.num_output_tokens:
+            latest = request.first_token_deadline - num_steps * self._step_seconds
+        if request.deadline is not None:
+            num_steps += max(request.min_num_tokens - request.num_tokens - 1, 0)
+            latest = min(latest, request.deadline - num_steps * self._step_seconds)
+        return latest
+
+    def _next_deadline_check(self, request: Request) -> float:
+        """Half way to its latest start: steps may turn out slower than they were."""
+        latest = self._latest_start(request)
+        return latest if latest - self._now <= self._step_seconds else (self._now + latest) / 2
+
+    def _note_step_time(self, now: float) -> None:
+        self._now = now
+        if self._last_step_time is not None:
+            seconds = now - self._last_step_time
+            self._step_seconds = min(seconds, self._step_seconds * _STEP_TIME_GROWTH) if self._step_seconds else seconds
+
+    # The plan
+
+    def _plan(self, step: _StepInTheMaking) -> StepPlan:
+        return StepPlan(
+            tuple(
+                ScheduledRequest(
+                    request, request.num_computed_tokens, num_tokens, num_tokens == request.num_uncomputed_tokens
+                )
+                for request, num_tokens in step.num_tokens.items()
+            ),
+            num_padding_tokens=self._num_padding_tokens(step.num_tokens.values()),
+            preempted=tuple(step.preempted),
+            dropped=tuple(step.dropped),
+            transfers=self.block_manager.take_transfers(),
+        )
 
     def _num_padding_tokens(self, num_tokens: Iterable[int]) -> int:
         """Rows that make the step a rectangle: every row of the batch, ended ones too, as long as the longest."""
-        counts = list(num_tokens)
-        if not self.policy.pad or not counts:
+        if not self.policy.pad:
             return 0
-        return (len(self.running) + len(self.lingering)) * max(counts) - sum(counts)
+        counts = list(num_tokens)
+        return (len(self.running) + len(self.lingering)) * max(counts, default=0) - sum(counts)

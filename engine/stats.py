@@ -56,6 +56,10 @@ class EngineStats:
     num_finished: int  # ended by a stop or their length
     num_failed: int
     num_aborted: int
+    num_dropped: int  # could not meet their deadline
+    num_swaps: int  # preemptions that kept a request's tokens in host memory
+    prefix_cache_queries: int  # prompt tokens of sequences that started
+    prefix_cache_hits: int  # those of them that were in the cache
     ttft: Distribution | None  # arrival to first token
     latency: Distribution | None  # arrival to the end, of finished requests
     inter_token_latency: Distribution | None  # between two tokens of a request
@@ -84,6 +88,7 @@ class StatsRecorder:
         self.num_finished = 0
         self.num_failed = 0
         self.num_aborted = 0
+        self.num_dropped = 0
         self.ttfts: deque[float] = deque(maxlen=WINDOW)
         self.latencies: deque[float] = deque(maxlen=WINDOW)
         self.inter_token_latencies: deque[float] = deque(maxlen=WINDOW)

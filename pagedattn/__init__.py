@@ -28,15 +28,19 @@ from pagedattn.ops import (
 )
 
 if TYPE_CHECKING:
+    from pagedattn.engine.beam_search import BeamSearchParams
     from pagedattn.engine.llm import LLM
     from pagedattn.engine.outputs import RequestOutput
     from pagedattn.engine.sampling_params import SamplingParams
+    from pagedattn.engine.scheduling_params import SchedulingParams
 
 __all__ = [
     "LLM",
     "AttentionPlan",
+    "BeamSearchParams",
     "RequestOutput",
     "SamplingParams",
+    "SchedulingParams",
     "__version__",
     "append_kv",
     "copy_blocks",
@@ -49,9 +53,11 @@ __all__ = [
 ]
 
 _LAZY = {
+    "BeamSearchParams": "pagedattn.engine.beam_search",
     "LLM": "pagedattn.engine.llm",
     "RequestOutput": "pagedattn.engine.outputs",
     "SamplingParams": "pagedattn.engine.sampling_params",
+    "SchedulingParams": "pagedattn.engine.scheduling_params",
 }
 
 

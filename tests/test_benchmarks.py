@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import engine, report
+from benchmarks import engine, kv_memory, report
 from benchmarks.systems import Paged, Run, as_transformers
 from benchmarks.traces import Trace, digest, make_trace
 from pagedattn.engine.weights import LoadedModel, load_model
@@ -160,6 +161,39 @@ def test_weights_are_shared(loaded: LoadedModel) -> None:
 def test_bad_arguments_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert engine.main(["--device", "cpu", "--model", "no-such-model"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_memory_benchmark_counts_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "memory.json"
+    small = "--device cpu --model random --num-questions 4 --max-tokens 6 --rounds 1 --system-tokens 80"
+    assert kv_memory.main([*small.split(), "--json", str(path)]) == 0
+    document = json.loads(path.read_text(encoding="utf-8"))
+    off, on = document["sharing"]
+    assert (off["hit_share"], off["num_computed_tokens"] > on["num_computed_tokens"]) == (0.0, True)
+    assert on["hit_share"] > 0.3
+    recompute, swap, cheapest = document["preempting"]
+    assert recompute["num_preemptions"] > recompute["num_swaps"] == 0
+    assert swap["num_preemptions"] == swap["num_swaps"] > 0
+    assert swap["num_computed_tokens"] < recompute["num_computed_tokens"]
+    assert cheapest["num_preemptions"] > 0
+    assert "Crossover: " in capsys.readouterr().out
+    assert report.kv_memory_block(document).count("\n|") == 4 + 2 + len(document["preemption_costs"]["lengths"]) + 5
+
+
+def test_memory_benchmark_refuses_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = kv_memory.run
+    calls: list[int] = []
+
+    def with_a_wrong_token(*arguments: Any) -> Any:
+        tokens, figures = run(*arguments)
+        calls.append(len(calls))
+        if len(calls) == 4:
+            tokens[0][-1] += 1
+        return tokens, figures
+
+    monkeypatch.setattr(kv_memory, "run", with_a_wrong_token)
+    small = "--device cpu --model random --num-questions 2 --max-tokens 4 --rounds 1 --system-tokens 20"
+    assert kv_memory.main(small.split()) == 1
 
 
 def test_readme_is_what_the_results_give() -> None:

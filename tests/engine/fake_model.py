@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from pagedattn.engine.batch import BatchTensors
+from pagedattn.engine.block_manager import BlockTransfers
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.engine import Engine
+from pagedattn.engine.swap_space import SwapSpace
 
 EOS = 256
 VOCAB_SIZE = 257
@@ -39,6 +41,27 @@ def expected_tokens(prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool 
     return tokens[len(prompt) :]
 
 
+class FakeCache:
+    """A token id in each slot, on the "device" and in "host memory"; -1 where none was written."""
+
+    windows = (None,)
+    null_block = 0
+
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        self.slots = torch.full((num_blocks * block_size,), -1, dtype=torch.int64)
+        self._blocks = self.slots.view(num_blocks, block_size)
+        self._host = torch.full((num_host_blocks, block_size), -1, dtype=torch.int64)
+
+    def transfer(self, transfers: BlockTransfers) -> None:
+        for source, host_id in transfers.swap_out:
+            self._host[host_id] = self._blocks[source]
+        copied = [(self._blocks[source].clone(), destination) for source, destination in transfers.copy]
+        for block, destination in copied:
+            self._blocks[destination] = block
+        for host_id, destination in transfers.swap_in:
+            self._blocks[destination] = self._host[host_id]
+
+
 @dataclass
 class FakeDecoder:
     """``before_forward`` is called with each batch and may raise; rows of ``nan_prompts`` get NaN logits."""
@@ -47,17 +70,18 @@ class FakeDecoder:
     before_forward: Callable[[BatchTensors], None] | None = None
     nan_prompts: list[list[int]] = field(default_factory=list)
 
-    def forward(self, batch: BatchTensors, cache: Tensor) -> Tensor:
+    def forward(self, batch: BatchTensors, cache: FakeCache) -> Tensor:
         if self.before_forward is not None:
             self.before_forward(batch)
-        written = batch.slot_mapping >= 0
-        cache[batch.slot_mapping[written]] = batch.input_ids[written]
+        slot_mapping, block_table = batch.slot_mapping[0], batch.block_table[0]
+        written = slot_mapping >= 0
+        cache.slots[slot_mapping[written]] = batch.input_ids[written]
         logits = torch.zeros(len(batch.logits_indices), VOCAB_SIZE)
         for row, index in enumerate(batch.logits_indices.tolist()):
             sequence = int(torch.searchsorted(batch.query_start_loc, index, right=True)) - 1
             positions = torch.arange(int(batch.seq_lens[sequence]))
-            blocks = batch.block_table[sequence].long()[positions // self.block_size]
-            token_ids = cache[blocks * self.block_size + positions % self.block_size].tolist()
+            blocks = block_table[sequence].long()[positions // self.block_size]
+            token_ids = cache.slots[blocks * self.block_size + positions % self.block_size].tolist()
             logits[row, next_token(token_ids)] = 9.0
             if any(token_ids[: len(prompt)] == prompt for prompt in self.nan_prompts):
                 logits[row] = torch.nan
@@ -93,14 +117,16 @@ class FakeStream:
         return self._decoder.decode(b"", final=True)
 
 
-def fake_engine(*, decoder: Any = None, **config: Any) -> Engine:
+def fake_engine(*, decoder: Any = None, swap_space: SwapSpace | None = None, **config: Any) -> Engine:
     """An engine on the fake model; ``config`` are fields of ``EngineConfig``."""
     sizes = EngineConfig(**{"num_blocks": 64, "block_size": 4, "max_model_len": 256, **config})
     if decoder is None:
         decoder = FakeDecoder(sizes.block_size)
-    cache = torch.full((sizes.num_blocks * sizes.block_size,), -1, dtype=torch.int64)
+    if swap_space is None:
+        swap_space = SwapSpace()
+    cache = FakeCache(sizes.num_blocks, sizes.block_size, swap_space.num_blocks)
     tokenizer: Any = FakeTokenizer()
-    return Engine(decoder, cache, tokenizer, sizes, vocab_size=VOCAB_SIZE)
+    return Engine(decoder, cache, tokenizer, sizes, vocab_size=VOCAB_SIZE, swap_space=swap_space)
 
 
 def run_to_end(engine: Engine, max_steps: int = 10_000) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from pagedattn.engine.batch import BatchTensors
-from pagedattn.engine.model import Decoder, KVCache
+from pagedattn.engine.kv_cache import KVCache
+from pagedattn.engine.layer_groups import group_layers
+from pagedattn.engine.model import Decoder
 
 
 class PagedRun:
@@ -16,9 +18,11 @@ class PagedRun:
         self.decoder = decoder
         self.block_size = block_size
         blocks_each = -(-max_len // block_size)
-        order = torch.randperm(num_seqs * blocks_each, generator=torch.Generator().manual_seed(0))
-        self.block_table = order.view(num_seqs, blocks_each).int()
-        self.cache = KVCache(decoder.config, num_seqs * blocks_each, block_size, decoder.dtype, decoder.device)
+        num_groups = len(group_layers(decoder.config.layer_windows).windows)
+        num_blocks = num_groups * num_seqs * blocks_each
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
+        self.block_table = order.view(num_groups, num_seqs, blocks_each).int()
+        self.cache = KVCache(decoder.config, num_blocks, block_size, decoder.dtype, decoder.device)
         for keys, values, *_ in self.cache.layers:  # what was never written must never count
             keys.fill_(float("nan"))
             values.fill_(float("nan"))
@@ -32,7 +36,7 @@ class PagedRun:
             self.lengths[seq] += len(ids)
         positions = [starts[seq] + offset for seq, ids in tokens.items() for offset in range(len(ids))]
         rows = [seq for seq, ids in tokens.items() for _ in ids]
-        blocks = self.block_table[rows, [position // self.block_size for position in positions]].long()
+        blocks = self.block_table[:, rows, [position // self.block_size for position in positions]].long()
         slots = blocks * self.block_size + torch.tensor(positions) % self.block_size
         query_lens = [len(ids) for ids in tokens.values()]
         padding = [0] * num_padding
@@ -40,8 +44,8 @@ class PagedRun:
         batch = BatchTensors(
             input_ids=torch.tensor([token for ids in tokens.values() for token in ids] + padding, device=device),
             positions=torch.tensor(positions + padding, device=device),
-            slot_mapping=torch.cat([slots, torch.full((num_padding,), -1)]).to(device),
-            block_table=self.block_table[list(tokens)].to(device),
+            slot_mapping=torch.nn.functional.pad(slots, (0, num_padding), value=-1).to(device),
+            block_table=self.block_table[:, list(tokens)].to(device),
             seq_lens=torch.tensor([self.lengths[seq] for seq in tokens], dtype=torch.int32, device=device),
             query_start_loc=torch.tensor([0, *query_lens], device=device).cumsum(0).int(),
             logits_indices=torch.arange(len(positions), device=device),

@@ -29,8 +29,8 @@ def test_decode_prefill_and_chunk_in_one_batch() -> None:
     batch = prepare_batch(plan, block_size=4, device="cpu")
     assert batch.input_ids.tolist() == [14, 20, 21, 22, 33, 34, 35]
     assert batch.positions.tolist() == [4, 0, 1, 2, 3, 4, 5]
-    assert batch.slot_mapping.tolist() == [2 * 4, 20, 21, 22, 9 * 4 + 3, 4, 5]
-    assert batch.block_table.tolist() == [[7, 2], [5, 0], [9, 1]]
+    assert batch.slot_mapping.tolist() == [[2 * 4, 20, 21, 22, 9 * 4 + 3, 4, 5]]
+    assert batch.block_table.tolist() == [[[7, 2], [5, 0], [9, 1]]]
     assert batch.seq_lens.tolist() == [5, 3, 6]
     assert batch.query_start_loc.tolist() == [0, 1, 4, 7]
     assert batch.logits_indices.tolist() == [0, 3]
@@ -50,7 +50,7 @@ def test_padding_rows_come_last_and_write_nowhere() -> None:
     batch = prepare_batch(plan, block_size=4, device="cpu")
     assert batch.input_ids.tolist() == [1, 2, 0, 0, 0]
     assert batch.positions.tolist() == [0, 1, 0, 0, 0]
-    assert batch.slot_mapping.tolist() == [12, 13, -1, -1, -1]
+    assert batch.slot_mapping.tolist() == [[12, 13, -1, -1, -1]]
     assert batch.query_start_loc.tolist() == [0, 2]
     assert batch.logits_indices.tolist() == [1]
 
@@ -58,7 +58,7 @@ def test_padding_rows_come_last_and_write_nowhere() -> None:
 def test_slots_beyond_int32() -> None:
     block_id = 2**31 - 1
     batch = prepare_batch(StepPlan((scheduled([1], 0, 1, [block_id]),)), block_size=16, device="cpu")
-    assert batch.slot_mapping.tolist() == [block_id * 16]
+    assert batch.slot_mapping.tolist() == [[block_id * 16]]
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
@@ -67,5 +67,5 @@ def test_every_token_has_the_slot_of_its_position(block_size: int) -> None:
     block_ids = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()[: -(-num_tokens // block_size)]
     batch = prepare_batch(StepPlan((scheduled(list(range(num_tokens)), 5, 30, block_ids),)), block_size, "cpu")
     expected = [block_ids[p // block_size] * block_size + p % block_size for p in range(5, 35)]
-    assert batch.slot_mapping.tolist() == expected
+    assert batch.slot_mapping.tolist() == [expected]
     assert batch.logits_indices.numel() == 0

@@ -73,7 +73,7 @@ def test_three_kinds_of_prompt_give_what_generate_gives(llm: LLM) -> None:
         ),
         (
             '{"prompt": "hi", "params": {"temprature": 0}}',
-            "unknown sampling parameter 'temprature'; allowed: temperature",
+            "unknown sampling parameter 'temprature'; allowed: n, temperature",
         ),
         (
             '{"prompt": "hi", "params": {"temperature": -1}}',
@@ -159,6 +159,15 @@ def test_reads_ahead_no_more_than_two_batches(llm: LLM) -> None:
     assert taken == 2 * llm.engine.config.max_num_seqs
     assert not llm.engine.has_unfinished
     assert llm.engine.block_manager.num_used == 0
+
+
+def test_several_answers_to_one_prompt(llm: LLM) -> None:
+    params = {"n": 3, "max_tokens": 4, "ignore_eos": True, "logprobs": 1}
+    (result,) = run(llm, {"prompt": "x", "params": params}).values()
+    assert len(result["choices"]) == 3
+    assert all(choice.keys() == {"text", "finish_reason", "logprobs"} for choice in result["choices"])
+    assert result["text"] == result["choices"][0]["text"]
+    assert result["usage"]["completion_tokens"] == 12
 
 
 def test_logprobs_are_written_by_token_id(llm: LLM) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pagedattn.engine import cache_size
+from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.llm import LLM
-from pagedattn.engine.model import KVCache
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.weights import load_model
 

@@ -58,6 +58,11 @@ BAD_INPUTS: dict[str, tuple[Sequence[str], str]] = {
     "no command": ([], "the following arguments are required: COMMAND"),
     "unknown command": (["serv"], "argument COMMAND: invalid choice: 'serv'"),
     "unknown option": (["generate", "--colour", "hi"], "unrecognized arguments: --colour"),
+    "negative swap space": (
+        ["generate", "--swap-space=-1", *RANDOM, "hi"],
+        "swap_space=-1.0 is not allowed: it must be a finite number of GiB >= 0",
+    ),
+    "no answers": (["generate", "--n", "0", *RANDOM, "hi"], "n=0 is not allowed: it must be an int >= 1"),
     "empty prompt": (["generate", ""], "the prompt is empty: give at least one character"),
     "empty stdin": (["generate"], "the prompt is empty: give at least one character"),
     "unknown model": (
@@ -144,7 +149,11 @@ BAD_INPUTS: dict[str, tuple[Sequence[str], str]] = {
     ),
     "unknown policy": (
         ["generate", "--policy", "dynamic", "hi"],
-        "policy='dynamic' is not known: it must be one of default, static",
+        "policy='dynamic' is not known: it must be one of default, static, orca,",
+    ),
+    "unknown order": (
+        ["generate", "--order", "lifo", "hi"],
+        "order='lifo' is not known: it must be one of fcfs, priority,",
     ),
     "unknown device": (
         ["generate", *RANDOM, "--device", "tpu", "hi"],

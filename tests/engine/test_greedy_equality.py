@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pagedattn.engine.weights import LoadedModel, load_model
 NUM_NEW_TOKENS = 64
 # Two prompts of each length, so that transformers can run them together without padding. Around block boundaries too.
 LENGTHS = (5, 9, 16, 17, 33, 63, 64, 100, 129, 200, 320, 600)
+SHORT = 16  # prompts of at most 100 tokens
 MIN_MARGIN = 1e-4
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
 
@@ -124,11 +126,11 @@ def oracle(smollm2_path: Path, prompts: list[list[int]], pytestconfig: pytest.Co
 def check(engine: Engine, tokens: list[list[int]], oracle: dict[str, Any]) -> None:
     different = [
         f"prompt {index} of {LENGTHS[index // 2]} tokens differs from token {position} on, margin {margin:.2e}"
-        for index, (ours, theirs, margin) in enumerate(zip(tokens, oracle["tokens"], oracle["margins"], strict=True))
+        for index, (ours, theirs, margin) in enumerate(zip(tokens, oracle["tokens"], oracle["margins"], strict=False))
         if (position := next((i for i in range(NUM_NEW_TOKENS) if ours[i] != theirs[i]), None)) is not None
     ]
     assert not different, "\n".join(different)
-    assert engine.block_manager.num_used == 0
+    assert engine.block_manager.num_used == engine.block_manager.swap_space.num_used == 0
     engine.check_integrity()
 
 
@@ -137,21 +139,49 @@ def test_the_oracle_is_not_a_coin_toss(oracle: dict[str, Any]) -> None:
     assert len({tuple(tokens) for tokens in oracle["tokens"]}) == len(oracle["tokens"])
 
 
+def blocks_for_all(block_size: int) -> int:
+    return sum(-(-(length + NUM_NEW_TOKENS) // block_size) * 2 for length in LENGTHS) + 24
+
+
 @pytest.mark.parametrize("max_num_batched_tokens", [96, 8192], ids=["chunked", "whole"])
 @pytest.mark.parametrize("block_size", [1, 16, 128])
 def test_generate(
     model: LoadedModel, prompts: list[list[int]], oracle: dict[str, Any], block_size: int, max_num_batched_tokens: int
 ) -> None:
-    num_blocks = sum(-(-(length + NUM_NEW_TOKENS) // block_size) * 2 for length in LENGTHS) + 24
-    llm = LLM(model, block_size=block_size, num_blocks=num_blocks, max_num_batched_tokens=max_num_batched_tokens)
+    llm = LLM(
+        model,
+        block_size=block_size,
+        num_blocks=blocks_for_all(block_size),
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=False,
+    )
     outputs = llm.generate(prompts, GREEDY)
     check(llm.engine, [output.outputs[0].token_ids for output in outputs], oracle)
     stats = llm.engine.stats()
-    assert stats.num_preemptions == 0
+    assert stats.num_preemptions == stats.prefix_cache_hits == 0
     num_prompt_tokens = 2 * sum(LENGTHS)
     prefill_steps = -(-num_prompt_tokens // max_num_batched_tokens)
     assert stats.num_steps >= prefill_steps + NUM_NEW_TOKENS - 1
     assert (stats.num_steps == NUM_NEW_TOKENS) == (max_num_batched_tokens > num_prompt_tokens)
+
+
+@pytest.mark.parametrize(("block_size", "max_num_batched_tokens"), [(1, 96), (16, 8192)])
+def test_prefix_sharing(
+    model: LoadedModel, prompts: list[list[int]], oracle: dict[str, Any], block_size: int, max_num_batched_tokens: int
+) -> None:
+    """The prompts are beginnings of four texts; then the shorter ones come again, some of their blocks evicted."""
+    llm = LLM(
+        model,
+        block_size=block_size,
+        num_blocks=-(-(sum(LENGTHS[: SHORT // 2]) + 8 * NUM_NEW_TOKENS) // block_size) + 20,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    hits = []
+    for _ in range(2):
+        outputs = llm.generate(prompts[:SHORT], GREEDY)
+        check(llm.engine, [output.outputs[0].token_ids for output in outputs], oracle)
+        hits.append(llm.engine.stats().prefix_cache_hits)
+    assert hits[1] > 2 * hits[0] > 0
 
 
 def test_staggered_arrivals(model: LoadedModel, prompts: list[list[int]], oracle: dict[str, Any]) -> None:
@@ -171,10 +201,53 @@ def test_staggered_arrivals(model: LoadedModel, prompts: list[list[int]], oracle
     check(engine, tokens, oracle)
 
 
-def test_preemption(model: LoadedModel, prompts: list[list[int]], oracle: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("num_prompts", "enable_prefix_caching", "swap_space"),
+    [(2 * len(LENGTHS), False, 0.0), (SHORT, True, 0.0), (SHORT, True, 0.05)],
+    ids=["recompute", "recompute and share", "swap and share"],
+)
+def test_preemption(
+    model: LoadedModel,
+    prompts: list[list[int]],
+    oracle: dict[str, Any],
+    num_prompts: int,
+    enable_prefix_caching: bool,
+    swap_space: float,
+) -> None:
     """Blocks for the longest request and little more: the rest gets in each other's way."""
-    llm = LLM(model, num_blocks=-(-(LENGTHS[-1] + NUM_NEW_TOKENS) // 16) + 6, max_num_batched_tokens=256)
-    outputs = llm.generate(prompts, GREEDY)
+    llm = LLM(
+        model,
+        num_blocks=-(-(LENGTHS[num_prompts // 2 - 1] + NUM_NEW_TOKENS) // 16) + 6,
+        max_num_batched_tokens=256,
+        enable_prefix_caching=enable_prefix_caching,
+        swap_space=swap_space,
+    )
+    outputs = llm.generate(prompts[:num_prompts], GREEDY)
     assert llm.engine.stats().num_preemptions > 0
+    assert (llm.engine.stats().num_swaps > 0) == (swap_space > 0)
     assert sum(output.metrics.num_preemptions for output in outputs) == llm.engine.stats().num_preemptions
     check(llm.engine, [output.outputs[0].token_ids for output in outputs], oracle)
+
+
+def test_forks(model: LoadedModel, prompts: list[list[int]], oracle: dict[str, Any]) -> None:
+    """Three sequences of each prompt, in blocks that they share up to the last, which is copied."""
+    llm = LLM(model, num_blocks=400, max_num_batched_tokens=256)
+    chosen = range(4, 10)
+    outputs = llm.generate([prompts[index] for index in chosen], replace(GREEDY, n=3))
+    for index, output in zip(chosen, outputs, strict=True):
+        assert [completion.token_ids for completion in output.outputs] == [oracle["tokens"][index]] * 3
+    num_prompt_tokens = sum(len(prompts[index]) for index in chosen)
+    assert llm.engine.stats().num_computed_tokens <= num_prompt_tokens + 18 * NUM_NEW_TOKENS
+    llm.engine.check_integrity()
+
+
+def test_a_system_prompt_is_computed_once(model: LoadedModel, prompts: list[list[int]]) -> None:
+    system = prompts[-2]
+    questions = [[*system, *prompts[index]] for index in range(4)]
+    params = replace(GREEDY, max_tokens=8)
+    tokens = []
+    for enable_prefix_caching in (False, True):
+        llm = LLM(model, num_blocks=600, enable_prefix_caching=enable_prefix_caching)
+        tokens.append([output.outputs[0].token_ids for output in llm.generate(questions, params)])
+    assert tokens[0] == tokens[1]
+    assert llm.engine.stats().prefix_cache_hits >= 3 * (len(system) - len(system) % 16)

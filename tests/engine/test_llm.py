@@ -10,6 +10,7 @@ import torch
 from pagedattn.engine.batch import BatchTensors
 from pagedattn.engine.llm import LLM
 from pagedattn.engine.sampling_params import SamplingParams
+from pagedattn.engine.scheduling_params import SchedulingParams
 from pagedattn.engine.weights import LoadedModel, load_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -124,6 +125,7 @@ def test_bad_sampling_params(llm: LLM) -> None:
         ({"max_model_len": True}, "max_model_len=True"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"policy": "nope"}, "policy='nope' is not known: it must be one of default, static"),
+        ({"order": "lifo"}, "order='lifo' is not known: it must be one of fcfs, priority"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization=0.0"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
         ({"max_model_len": 10**9}, "max_model_len=1000000000"),
@@ -146,6 +148,44 @@ def test_default_sizes(loaded: LoadedModel) -> None:
     assert config.num_blocks == 2 * config.max_model_len // config.block_size
     assert LLM(loaded, num_blocks=3).engine.config.max_model_len == 48  # what the blocks hold
     assert LLM(loaded, max_num_seqs=2, max_model_len=40).engine.config.num_blocks == 2 * 3
+
+
+def test_priority_decides_who_is_first(loaded: LoadedModel) -> None:
+    llm = LLM(loaded, num_blocks=32, max_num_seqs=1, order="priority")
+    prompts = ["aa", "bb", "cc"]
+    outputs = llm.generate(prompts, GREEDY, priority=[5, 5, 0])
+    assert [output.prompt for output in outputs] == prompts
+    starts = [output.metrics.first_scheduled_time for output in outputs]
+    assert sorted(range(3), key=lambda index: starts[index] or 0.0) == [2, 0, 1]
+    assert token_ids(outputs) == token_ids(LLM(loaded, num_blocks=32).generate(prompts, GREEDY))
+
+
+def test_a_deadline_that_can_not_be_met_has_an_end_of_its_own(loaded: LoadedModel) -> None:
+    llm = LLM(loaded, num_blocks=32, max_num_seqs=1)
+    late = SchedulingParams(first_token_timeout=1e-9)
+    outputs = llm.generate(["aa", "bb"], GREEDY, scheduling_params=[SchedulingParams(), late])
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "deadline"]
+    assert outputs[0].error is None
+    assert outputs[1].error is not None
+    assert outputs[1].error.startswith("the deadline can not be met: 0 tokens after")
+    assert llm.engine.stats().num_dropped == 1
+    llm.engine.check_integrity()
+
+
+def test_bad_scheduling_params(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="priority has 1 entries: it must have one for each of the 2 prompts"):
+        llm.generate(["a", "b"], priority=[1])
+    with pytest.raises(ValueError, match="priority is not allowed with scheduling_params"):
+        llm.generate("a", priority=[1], scheduling_params=SchedulingParams())
+    with pytest.raises(TypeError, match="priority must be an int, not True"):
+        llm.generate("a", priority=[True])
+    with pytest.raises(ValueError, match="timeout=-1"):
+        SchedulingParams(timeout=-1)
+    with pytest.raises(ValueError, match="expected_output_tokens=0"):
+        SchedulingParams(expected_output_tokens=0)
+    with pytest.raises(TypeError, match="client_id must be a string"):
+        SchedulingParams(client_id=3)  # type: ignore[arg-type]
+    assert not llm.engine.has_unfinished
 
 
 def test_stream_interleaves_and_adds_up(llm: LLM) -> None:

@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from pagedattn.engine.model import Decoder, KVCache, ModelConfig, RopeConfig
+from pagedattn.engine.kv_cache import KVCache
+from pagedattn.engine.model import Decoder, ModelConfig, RopeConfig
 from pagedattn.engine.weights import RANDOM_MODELS, load_model
 from tests.engine.checkpoints import make_model, save_directory
 from tests.engine.paged_run import PagedRun
@@ -38,6 +39,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "qwen2-hybrid": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "num_hidden_layers": 5},
+    ),
+    "qwen3-alternating": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
     "qwen3": ("qwen3", {}),
 }

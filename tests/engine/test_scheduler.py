@@ -1,31 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pagedattn.engine.block_manager import BlockManager
+from pagedattn.engine.orders import resolve_order
 from pagedattn.engine.policy import POLICIES, BatchingPolicy, resolve_policy
 from pagedattn.engine.request import Request
-from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import RequestRejectedError, Scheduler, StepPlan
-
-# Rows that POLICIES does not have, so that every value of every axis is run.
-PROMPT_RESERVING = replace(POLICIES["default"], reserve="prompt", headroom_blocks=0)
-CONTINUOUS_RESERVING = replace(
-    POLICIES["default"], reserve="prompt_and_max_tokens", when_full="never", chunk_prefill=False
-)
-PREFILL_FIRST = replace(POLICIES["default"], order="waiting_first")
-UNPADDED_STATIC = replace(POLICIES["static"], pad=False)
-ALL_POLICIES = [*POLICIES.values(), PROMPT_RESERVING, CONTINUOUS_RESERVING, PREFILL_FIRST, UNPADDED_STATIC]
-
-
-def make_request(name: str, num_prompt: int, max_tokens: int) -> Request:
-    params = SamplingParams(max_tokens=max_tokens)
-    return Request(name, [1] * num_prompt, params, max_num_tokens=num_prompt + max_tokens)
+from pagedattn.engine.waiting_queue import FairQueue
+from tests.engine.scheduler_run import SchedulerRun, make_request
 
 
 def make_scheduler(
@@ -35,12 +20,14 @@ def make_scheduler(
     block_size: int = 4,
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 32,
+    order: str = "fcfs",
 ) -> Scheduler:
     return Scheduler(
         BlockManager(num_blocks, block_size),
         resolve_policy(policy),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        order=resolve_order(order),
     )
 
 
@@ -59,6 +46,12 @@ def complete(scheduler: Scheduler, plan: StepPlan) -> list[Request]:
 
 def counts(plan: StepPlan) -> dict[str, int]:
     return {item.request.request_id: item.num_tokens for item in plan.scheduled}
+
+
+def line(scheduler: Scheduler) -> list[str]:
+    """Who waits, first come first."""
+    waiting = sorted(scheduler.waiting, key=lambda request: (request.queue_time, request.queue_number))
+    return [request.request_id for request in waiting]
 
 
 def test_decodes_first_then_prefill_chunks_fill_the_budget() -> None:
@@ -120,16 +113,16 @@ def test_nobody_joins_in_a_step_that_preempted() -> None:
     assert [request.request_id for request in second.preempted] == ["b"]
     assert counts(second) == {"a": 1}
     assert scheduler.block_manager.num_free == 3
-    assert list(scheduler.waiting) == ["b", "c"]
+    assert line(scheduler) == ["b", "c"]
 
 
 def test_headroom_keeps_who_joins_from_being_preempted_at_once() -> None:
-    """With a free block per running request left, the next step of all of them fits."""
-    scheduler = make_scheduler(num_blocks=5, block_size=2, max_num_batched_tokens=64)
+    """With free blocks for each running request left, the next steps of all of them fit."""
+    scheduler = make_scheduler(num_blocks=6, block_size=2, max_num_batched_tokens=64)
     scheduler.add(make_request("a", 4, 4))
     scheduler.add(make_request("b", 4, 2))
     scheduler.add(make_request("c", 2, 2))
-    assert list(counts(scheduler.schedule(0.0))) == ["a", "b"]  # c's block is there, but a and b may need one each
+    assert list(counts(scheduler.schedule(0.0))) == ["a", "b"]  # c's block is there, but a and b may need it
 
 
 def test_static_reserves_pads_and_runs_until_the_last_ends() -> None:
@@ -168,7 +161,7 @@ def test_a_request_that_can_never_fit_is_rejected_with_the_reason() -> None:
     scheduler.add(make_request("fits", 8, 5))  # 12 slots: the last token is not stored
     with pytest.raises(RequestRejectedError, match="4 KV blocks; there are 3 of 4 tokens"):
         scheduler.add(make_request("too long", 8, 6))
-    assert list(scheduler.waiting) == ["fits"]
+    assert line(scheduler) == ["fits"]
 
 
 def test_first_scheduled_time_is_kept_over_a_preemption() -> None:
@@ -184,13 +177,278 @@ def test_first_scheduled_time_is_kept_over_a_preemption() -> None:
     assert [request.first_scheduled_time for request in requests] == [1.0, 1.0]
 
 
+def run_counts(scheduler: Scheduler, num_steps: int) -> list[dict[str, int]]:
+    """What each of the next steps gives to whom."""
+    run = SchedulerRun(scheduler)
+    return [counts(run.step()) for _ in range(num_steps)]
+
+
+def test_orca_mixes_whole_prompts_with_decodes_and_reserves_all() -> None:
+    scheduler = make_scheduler("orca", num_blocks=10, max_num_batched_tokens=4)
+    scheduler.add(make_request("a", 9, 8))
+    assert run_counts(scheduler, 1) == [{"a": 9}]
+    assert scheduler.block_manager.num_used == 4
+    scheduler.add(make_request("b", 6, 19))
+    scheduler.add(make_request("c", 1, 2))
+    assert run_counts(scheduler, 2) == [{"a": 1, "b": 6}, {"a": 1, "b": 1}]  # c waits for its block
+
+
+def test_vllm_takes_the_budget_in_the_order_of_starting_and_the_default_decodes_first() -> None:
+    """A preempted request that computes its tokens again holds up those that started after it, or not."""
+    for policy, expected in (("vllm", {"a": 10}), ("default", {"a": 9, "b": 1})):
+        scheduler = make_scheduler(policy, max_num_batched_tokens=10)
+        scheduler.add(make_request("a", 40, 4))
+        run_counts(scheduler, 2)
+        late = make_request("b", 1, 8)
+        scheduler.add(late)
+        scheduler.waiting.remove(late)
+        assert scheduler.block_manager.ensure(late, 1)
+        scheduler.running.append(late)
+        assert counts(scheduler.schedule(9.0)) == expected
+
+
+def test_watermark_keeps_blocks_free_for_those_that_run() -> None:
+    policy = replace(POLICIES["vllm"], watermark=0.25)
+    scheduler = make_scheduler(policy, num_blocks=8, max_num_batched_tokens=64)
+    scheduler.add(make_request("a", 28, 2))  # 7 of 8 blocks: alone it may
+    assert run_counts(scheduler, 1) == [{"a": 28}]
+    scheduler = make_scheduler(policy, num_blocks=8, max_num_batched_tokens=64)
+    scheduler.add(make_request("a", 16, 2))
+    scheduler.add(make_request("b", 12, 2))
+    scheduler.add(make_request("c", 8, 2))
+    assert run_counts(scheduler, 1) == [{"a": 16}]  # 3 more would leave 1, and 2 have to stay; c is behind b
+
+
+def test_trtllm_cuts_chunks_at_blocks() -> None:
+    scheduler = make_scheduler("trtllm-no-evict", max_num_batched_tokens=11)
+    scheduler.add(make_request("a", 1, 8))
+    scheduler.add(make_request("b", 20, 8))
+    assert run_counts(scheduler, 3) == [{"a": 1, "b": 8}, {"a": 1, "b": 8}, {"a": 1, "b": 4}]
+
+
+def test_equal_chunks_progress_alike_and_short_prompts_end_early() -> None:
+    policy = replace(POLICIES["trtllm-no-evict"], prefill="equal_chunks")
+    scheduler = make_scheduler(policy, max_num_batched_tokens=32)
+    for name, num_prompt in (("a", 40), ("b", 6), ("c", 40)):
+        scheduler.add(make_request(name, num_prompt, 4))
+    # 32 - 6 for two: 13 each is 12 in blocks of 4; the 2 that are left are no block
+    assert run_counts(scheduler, 2) == [{"a": 12, "b": 6, "c": 12}, {"b": 1, "a": 16, "c": 12}]
+
+
+def test_trtllm_max_utilization_pauses_the_last_started() -> None:
+    scheduler = make_scheduler("trtllm-max-utilization", num_blocks=4, block_size=2)
+    for name in "ab":
+        scheduler.add(make_request(name, 4, 5))
+    run = SchedulerRun(scheduler)
+    assert counts(run.step()) == {"a": 4, "b": 4}
+    plan = run.step()
+    assert (counts(plan), [request.request_id for request in plan.preempted]) == ({"a": 1}, ["b"])
+    while scheduler.has_unfinished:
+        run.step()
+    assert [request.request_id for request in run.ended] == ["a", "b"]
+
+
+def test_tgi_fills_the_budget_exactly_with_the_last_prompt() -> None:
+    scheduler = make_scheduler("tgi", max_num_batched_tokens=10)
+    for name, num_prompt in (("a", 4), ("b", 4), ("c", 9)):
+        scheduler.add(make_request(name, num_prompt, 3))
+    assert run_counts(scheduler, 2) == [{"a": 4, "b": 4, "c": 2}, {"a": 1, "b": 1, "c": 7}]
+    assert scheduler.block_manager.num_used == 2 + 2 + 3  # prompt and generation but for the last token
+
+
+def test_tgi_unchunked_stops_decodes_for_enough_newcomers_or_after_patience() -> None:
+    scheduler = make_scheduler("tgi-unchunked", num_blocks=400, max_num_seqs=32, max_num_batched_tokens=16)
+    for index in range(8):
+        scheduler.add(make_request(f"old {index}", 2, 60))
+    old = {f"old {index}": 1 for index in range(8)}
+    assert run_counts(scheduler, 2) == [dict.fromkeys(old, 2), old]
+    scheduler.add(make_request("one", 5, 60))
+    assert run_counts(scheduler, 1) == [old]  # 1 < 0.3 x 8 rounded down
+    scheduler.add(make_request("two", 12, 60))
+    assert run_counts(scheduler, 1) == [old]  # two wait, but only one fits the budget of 16
+    assert line(scheduler) == ["one", "two"]
+    scheduler.check_integrity()  # that one had joined for a moment left no trace
+    scheduler.add(make_request("three", 4, 60))
+    steps = run_counts(scheduler, 17)
+    assert steps[:-1] == [old] * 16
+    assert steps[-1] == {"one": 5}  # the 20th since the last joined: no more waiting for company
+
+
+def test_splitfuse_sits_out_and_requeues_at_the_tail_only_when_nobody_can_go_on() -> None:
+    scheduler = make_scheduler("splitfuse", num_blocks=4, block_size=2)
+    for name in "ab":
+        scheduler.add(make_request(name, 3, 6))
+    run = SchedulerRun(scheduler)
+    assert [counts(run.step()) for _ in range(2)] == [{"a": 3, "b": 3}, {"a": 1, "b": 1}]
+    scheduler.add(make_request("c", 3, 2, arrival_time=run.now))
+    plan = run.step()  # neither finds a fifth block: the newest gives up its own
+    assert ([request.request_id for request in plan.preempted], counts(plan)) == (["b"], {"a": 1})
+    assert line(scheduler) == ["c", "b"]
+    while scheduler.has_unfinished:
+        run.step()
+    assert [request.request_id for request in run.ended] == ["a", "c", "b"]
+
+
+def test_transformers_stops_prefills_below_its_margin() -> None:
+    scheduler = make_scheduler("transformers", num_blocks=23, max_num_batched_tokens=64)
+    scheduler.add(make_request("a", 60, 5))
+    scheduler.add(make_request("b", 12, 5))
+    scheduler.add(make_request("c", 2, 5))
+    assert run_counts(scheduler, 1) == [{"a": 60, "b": 4}]
+    scheduler.add(make_request("d", 2, 5))
+    assert run_counts(scheduler, 2) == [{"a": 1, "b": 8, "c": 2, "d": 2}, {"a": 1, "b": 1, "c": 1, "d": 1}]
+    scheduler.add(make_request("e", 2, 5))
+    assert scheduler.block_manager.num_free < 3  # 15% of 23
+    assert run_counts(scheduler, 1) == [{"a": 1, "b": 1, "c": 1, "d": 1}]
+
+
+def test_transformers_takes_blocks_from_starved_requests_only_and_closes_the_door() -> None:
+    scheduler = make_scheduler("transformers", num_blocks=4, block_size=2)
+    for name, max_tokens in (("a", 3), ("b", 5)):
+        scheduler.add(make_request(name, 4, max_tokens))
+    run = SchedulerRun(scheduler)
+    assert counts(run.step()) == {"a": 4, "b": 4}
+    scheduler.add(make_request("c", 1, 1))
+    plan = run.step()
+    assert (counts(plan), [request.request_id for request in plan.preempted]) == ({"a": 1}, ["b"])
+    assert scheduler.block_manager.num_free == 1
+    assert counts(run.step()) == {"a": 1}  # c would fit, but nobody joins before one has ended
+    assert set(counts(run.step())) == {"b", "c"}
+
+    scheduler = make_scheduler("transformers", num_blocks=6, block_size=2)
+    for name, max_tokens in (("a", 3), ("b", 8), ("c", 6)):
+        scheduler.add(make_request(name, 4, max_tokens))
+    run = SchedulerRun(scheduler)
+    seen = [set(counts(run.step()))]
+    scheduler.add(make_request("d", 1, 2, arrival_time=1.0))
+    seen += [set(counts(run.step())) for _ in range(3)]
+    assert seen == [set("abc"), set("ab"), set("ab"), set("bd")]  # a has ended, and c is still too large
+
+
+def test_an_order_by_priority_chooses_the_victim() -> None:
+    for order, victims in (("fcfs", {"c"}), ("priority", {"b"}), ("priority-fair", {"b"})):
+        scheduler = make_scheduler("vllm", num_blocks=7, block_size=2, order=order)
+        for name, priority in (("a", 1), ("b", 2), ("c", 0)):
+            scheduler.add(make_request(name, 4, 3, priority=priority))
+        run = SchedulerRun(scheduler)
+        plans = [run.step() for _ in range(2)]
+        assert {request.request_id for request in plans[1].preempted} == victims
+        assert set(counts(plans[1])) == set("abc") - victims
+
+
+def test_who_joined_for_a_moment_is_not_charged() -> None:
+    scheduler = make_scheduler(
+        "tgi-unchunked", num_blocks=400, max_num_seqs=32, max_num_batched_tokens=16, order="fair"
+    )
+    for index in range(8):
+        scheduler.add(make_request(f"old {index}", 2, 60, client_id="old"))
+    run_counts(scheduler, 1)
+    queue = scheduler.waiting
+    assert isinstance(queue, FairQueue)
+    scheduler.add(make_request("one", 5, 60, client_id="new"))
+    scheduler.add(make_request("two", 12, 60, client_id="new"))
+    counter = queue.counter("new")
+    run_counts(scheduler, 3)
+    assert len(scheduler.running) == 8, "one fits and two do not, which is too few to stop eight"
+    assert queue.counter("new") == counter
+
+
+def test_small_requests_pass_one_that_does_not_fit_but_not_forever() -> None:
+    policy = replace(POLICIES["default"], overtake_window=2, max_overtakes=3, headroom_blocks=0)
+    scheduler = make_scheduler(policy, num_blocks=8, max_num_seqs=32)
+    run = SchedulerRun(scheduler)
+    scheduler.add(make_request("runs", 12, 17))
+    run.step()
+    big = make_request("big", 24, 2)
+    scheduler.add(big)
+    for index in range(6):
+        scheduler.add(make_request(f"small {index}", 1, 2))
+    assert set(counts(run.step())) == {"runs", "small 0", "small 1", "small 2"}
+    assert big.num_overtaken == 3
+    ended: list[str] = []
+    while big.num_computed_tokens == 0:
+        ended += [request.request_id for request in run.ended]
+        run.step()
+    assert not any(name in ended for name in ("small 3", "small 4", "small 5"))
+    assert big.num_overtaken == 3
+
+
+def test_a_queue_without_a_window_stops_at_the_first_that_does_not_fit() -> None:
+    scheduler = make_scheduler("vllm", num_blocks=8)
+    scheduler.add(make_request("runs", 12, 17))
+    scheduler.add(make_request("big", 24, 2))
+    scheduler.add(make_request("small", 1, 2))
+    assert run_counts(scheduler, 1) == [{"runs": 12}]
+
+
+def test_a_step_looks_at_no_more_requests_than_join_and_may_be_passed() -> None:
+    """So its cost does not grow with the queue."""
+    scheduler = make_scheduler("default", num_blocks=64, max_num_seqs=64, max_num_batched_tokens=512)
+    for index in range(2000):
+        scheduler.add(make_request(str(index), 40, 40))
+    taken = 0
+    take = scheduler.waiting.take
+
+    def counted(now: float) -> Request:
+        nonlocal taken
+        taken += 1
+        return take(now)
+
+    scheduler.waiting.take = counted  # type: ignore[method-assign]
+    for _ in range(300):
+        taken, before = 0, len(scheduler.running)
+        plan = scheduler.schedule(0.0)
+        assert taken <= max(len(scheduler.running) - before, 0) + scheduler.policy.overtake_window + 1
+        complete(scheduler, plan)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_deadlines_drop_what_can_not_meet_them_and_nothing_else(policy: str) -> None:
+    scheduler = make_scheduler(policy, num_blocks=32, max_num_seqs=2, max_num_batched_tokens=8)
+    run = SchedulerRun(scheduler, step_seconds=0.5)
+    for name in ("a", "b"):
+        run.add(make_request(name, 4, 20))
+    run.step()
+    run.step()
+    run.add(make_request("impossible", 4, 20, arrival_time=run.now, timeout=5.0))  # 20 steps take 10 s
+    run.add(make_request("possible", 4, 4, arrival_time=run.now, first_token_timeout=40.0, timeout=60.0))
+    run.add(make_request("starves", 4, 2, arrival_time=run.now, first_token_timeout=3.0))
+    while scheduler.has_unfinished:
+        run.step()
+        scheduler.check_integrity()
+    assert [request.request_id for request in run.dropped] == ["impossible", "starves"]
+    assert {request.request_id for request in run.ended} == {"a", "b", "possible"}
+    for request in run.dropped:
+        assert request.num_computed_tokens == 0
+
+
+def test_a_running_request_is_dropped_when_its_deadline_goes() -> None:
+    scheduler = make_scheduler(num_blocks=32)
+    run = SchedulerRun(scheduler)
+    request = make_request("a", 4, 20, timeout=25.0)
+    run.add(request)
+    while not run.dropped:
+        run.step()
+        if run.num_steps == 6:
+            run.step_seconds = 4.0  # from here on it can not be done
+    assert 4 < request.num_output_tokens < 20
+    assert run.now < 25.0, "it is dropped before its time is up"
+    assert scheduler.block_manager.num_used == 0
+    assert not scheduler.has_unfinished
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"reserve": "everything"}, "reserve='everything'"),
+        ({"reserve": "max_tokens"}, "reserve='max_tokens' is not allowed with must_fit='sequence'"),
         ({"when_full": "never"}, "when_full='never'"),
         ({"pad": True}, "pad=True"),
+        ({"mix": False}, "mix=False"),
+        ({"prefill": "equal_chunks"}, "prefill='equal_chunks'"),
         ({"headroom_blocks": -1}, "headroom_blocks=-1"),
+        ({"max_overtakes": -1}, "max_overtakes=-1"),
+        ({"watermark": 1.0}, "watermark=1.0"),
     ],
 )
 def test_policies_are_validated(change: dict, message: str) -> None:
@@ -199,125 +457,5 @@ def test_policies_are_validated(change: dict, message: str) -> None:
 
 
 def test_unknown_policy_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="policy='statik' is not known: it must be one of default, static"):
+    with pytest.raises(ValueError, match="policy='statik' is not known: it must be one of default, static, orca"):
         resolve_policy("statik")
-
-
-@dataclass
-class Arrival:
-    step: int
-    num_prompt: int
-    max_tokens: int
-    abort_after: int | None
-
-
-arrivals = st.lists(
-    st.builds(
-        Arrival,
-        step=st.integers(0, 20),
-        num_prompt=st.integers(1, 24),
-        max_tokens=st.integers(1, 20),
-        abort_after=st.none() | st.integers(0, 12),
-    ),
-    min_size=1,
-    max_size=14,
-)
-
-
-@settings(max_examples=250, deadline=None)
-@given(
-    arrivals=arrivals,
-    policy=st.sampled_from(ALL_POLICIES),
-    num_blocks=st.integers(1, 24),
-    block_size=st.integers(1, 5),
-    max_num_seqs=st.integers(1, 5),
-    max_num_batched_tokens=st.integers(1, 30),
-)
-def test_any_schedule_keeps_its_promises(
-    arrivals: Sequence[Arrival],
-    policy: BatchingPolicy,
-    num_blocks: int,
-    block_size: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-) -> None:
-    scheduler = make_scheduler(
-        policy,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-    )
-    ended: list[Request] = []
-    expected = 0
-    aborts: dict[int, list[Request]] = {}
-    last_arrival = max(arrival.step for arrival in arrivals)
-    # Every step computes a token of the first running request; nobody computes more than all do one after the other,
-    # each preempted at most once for each token of those before it.
-    work = sum(arrival.num_prompt + arrival.max_tokens for arrival in arrivals)
-    for step in range(last_arrival + work * (len(arrivals) + 1) + 2):
-        for index, arrival in enumerate(arrivals):
-            if arrival.step != step:
-                continue
-            request = make_request(str(index), arrival.num_prompt, arrival.max_tokens)
-            if request.max_cached_tokens > scheduler.block_manager.capacity:
-                with pytest.raises(RequestRejectedError):
-                    scheduler.add(request)
-                continue
-            scheduler.add(request)
-            expected += 1
-            if arrival.abort_after is not None:
-                aborts.setdefault(step + arrival.abort_after, []).append(request)
-        for request in aborts.get(step, []):
-            if request not in ended:
-                scheduler.finish(request)
-                ended.append(request)
-                scheduler.check_integrity()
-        if not scheduler.has_unfinished:
-            if step > last_arrival:
-                break
-            continue
-        running_before = list(scheduler.running)
-        plan = scheduler.schedule(float(step))
-        scheduler.check_integrity()
-        check_plan(scheduler, plan, running_before)
-        ended += complete(scheduler, plan)
-        scheduler.check_integrity()
-    assert len(ended) == expected
-    assert scheduler.block_manager.num_used == 0
-
-
-def check_plan(scheduler: Scheduler, plan: StepPlan, running_before: Sequence[Request]) -> None:
-    policy = scheduler.policy
-    assert plan.scheduled, "a step with unfinished requests computes something"
-    assert len({item.request for item in plan.scheduled}) == plan.num_seqs <= scheduler.max_num_seqs
-    if policy.chunk_prefill:
-        assert plan.num_tokens <= scheduler.max_num_batched_tokens
-    if policy.order == "running_first" and running_before:
-        assert plan.scheduled[0].request is running_before[0]
-        if plan.preempted:
-            assert set(scheduler.running) <= set(running_before), "nobody joins in a step that preempted"
-    if policy.when_full == "never":
-        assert not plan.preempted
-    if policy.pad:
-        num_rows = len(scheduler.running) + len(scheduler.lingering)
-        assert (plan.num_tokens + plan.num_padding_tokens) % num_rows == 0
-    else:
-        assert plan.num_padding_tokens == 0
-        assert not scheduler.lingering
-    for item in plan.scheduled:
-        request = item.request
-        assert 1 <= item.num_tokens <= request.num_uncomputed_tokens
-        assert request not in plan.preempted
-        assert item.needs_sample == (item.num_tokens == request.num_uncomputed_tokens)
-        num_slots = len(request.block_ids) * scheduler.block_manager.block_size
-        wasted = num_slots - item.num_computed_tokens - item.num_tokens
-        assert wasted >= 0
-        if policy.reserve == "step":
-            assert wasted < scheduler.block_manager.block_size
-    for request in plan.preempted:
-        assert request.num_computed_tokens == 0
-    in_front = list(scheduler.waiting.values())[: len(plan.preempted)]
-    assert in_front == list(reversed(plan.preempted)), "preempted requests wait in front, in the order they started"
-    if policy == POLICIES["default"]:  # decodes never wait for prefills: all that run are in the step
-        assert {item.request for item in plan.scheduled} == set(scheduler.running)

@@ -262,10 +262,19 @@ def test_broken_directory_is_named_in_one_line(name: str, broken: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_mixed_attention_layers_are_refused(tmp_path: Path) -> None:
+def test_windows_of_each_layer_are_read(tmp_path: Path) -> None:
     model = make_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
-    with pytest.raises(ValueError, match="layer_types mixes full and sliding attention"):
-        load_model(save_directory(model, tmp_path), device="cpu")
+    config = load_model(save_directory(model, tmp_path), device="cpu").config
+    assert config.layer_windows == (None, 5)
+
+
+def test_unknown_kinds_of_layers_are_refused(tmp_path: Path) -> None:
+    directory = save_directory(make_model("qwen2"), tmp_path)
+    settings = json.loads((directory / "config.json").read_text())
+    settings |= {"use_sliding_window": True, "layer_types": ["full_attention", "chunked_attention"]}
+    (directory / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="layer_types has 'chunked_attention'; supported: 'sliding_attention'"):
+        load_model(directory, device="cpu")
 
 
 def string(text: str) -> bytes:

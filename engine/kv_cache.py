@@ -1,0 +1,125 @@
+"""``KVCache``: keys and values of all layers in blocks, on the device and, of preempted requests, in host memory.
+
+Memory: ``[size, 2, num_blocks, block_size, num_kv_heads, head_size]``, where ``size`` is the number of layers in a
+group (layer_groups.py): layer i of every group uses the same tensors, each with its own group's block table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pagedattn import ops
+from pagedattn.engine.block_manager import BlockTransfers
+from pagedattn.engine.layer_groups import group_layers
+
+if TYPE_CHECKING:
+    from pagedattn.engine.model import ModelConfig
+
+
+class LayerCache(NamedTuple):
+    """One layer's caches ``[num_blocks, block_size, num_kv_heads, head_size]`` and, if quantized, their scales."""
+
+    key: Tensor
+    value: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
+class KVCache:
+    """Keys and values of every layer in blocks of ``block_size`` token slots.
+
+    A quantized ``dtype`` (float8_e4m3fn, float8_e5m2, int8, or uint8 for int4) gives each token and head a scale of its
+    own, written as it is appended; ``layers`` may be replaced by others with scales per tensor or head. Slots are left
+    as allocated: no op lets what a slot past a sequence's length holds change a result. Where layers have windows there
+    is one block more, ``null_block``: zeros, in the place of blocks that a window has left behind.
+
+    ``num_host_blocks`` blocks more are in host memory, pinned where the cache is on a GPU.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        num_host_blocks: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("num_blocks", num_blocks, 1),
+            ("block_size", block_size, 1),
+            ("num_host_blocks", num_host_blocks, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        self.groups = group_layers(config.layer_windows)
+        self.num_blocks = num_blocks
+        self.num_host_blocks = num_host_blocks
+        self.block_size = block_size
+        self.null_block = num_blocks
+        self.device = torch.device(device)
+        stored = config.head_size // 2 if dtype == torch.uint8 else config.head_size
+        is_quantized = dtype in ops.QUANTIZED_DTYPES
+        heads = (block_size, config.num_kv_heads)
+
+        def allocate(num_blocks: int, place: torch.device, pin_memory: bool = False) -> list[Tensor]:
+            """[size, 2, blocks, block_size, heads, head_size], and scales with 1 for the last."""
+            parts = [(stored, dtype), *([(1, torch.float32)] if is_quantized else [])]
+            return [
+                torch.empty(
+                    (self.groups.size, 2, num_blocks, *heads, width),
+                    dtype=part_dtype,
+                    device=place,
+                    pin_memory=pin_memory,
+                )
+                for width, part_dtype in parts
+            ]
+
+        self._pools = allocate(num_blocks + self.groups.has_windows, self.device)
+        self._host_pools = allocate(
+            num_host_blocks, torch.device("cpu"), pin_memory=self.device.type == "cuda" and num_host_blocks > 0
+        )
+        caches, scales = self._pools[0], [pool.squeeze(-1) for pool in self._pools[1:]]
+        layers = [
+            LayerCache(*caches[index], *(half for scale in scales for half in scale[index]))
+            for index in range(self.groups.size)
+        ]
+        self.layers = [layers[index] for index in self.groups.index_in_group]
+        if self.groups.has_windows:
+            for pool in self._pools:
+                pool[:, :, self.null_block].zero_()
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Each group's sliding window, None for full attention."""
+        return self.groups.windows
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one block takes over the layers of a group, keys and values together."""
+        num_layers = group_layers(config.layer_windows).size
+        return 2 * num_layers * block_size * config.num_kv_heads * config.head_size * dtype.itemsize
+
+    @torch.inference_mode()
+    def transfer(self, transfers: BlockTransfers) -> None:
+        """Make the copies, in order, on the current stream."""
+        for pairs, sources, destinations in (
+            (transfers.swap_out, self._pools, self._host_pools),
+            (transfers.copy, self._pools, self._pools),
+            (transfers.swap_in, self._host_pools, self._pools),
+        ):
+            if not pairs:
+                continue
+            mapping = torch.tensor(pairs, dtype=torch.int64)
+            for source, destination in zip(sources, destinations, strict=True):
+                keys, values = _by_block(source)
+                ops.copy_blocks(keys, values, *_by_block(destination), mapping)
+
+
+def _by_block(pool: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as ``[blocks, size, block_size * heads, head_size]``: a block with all its layers, one copy."""
+    keys, values = pool.movedim(2, 0).flatten(3, 4).unbind(2)
+    return keys, values
