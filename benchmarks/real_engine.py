@@ -16,6 +16,7 @@ import torch
 from pagedattn.engine.llm import LLM
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import StepPlan
+from pagedattn.engine.scheduling_params import SchedulingParams
 from pagedattn.engine.simulation.recorder import Recorder
 from pagedattn.engine.simulation.step_time import StepWork
 from pagedattn.engine.simulation.traces import TraceRequest
@@ -104,4 +105,5 @@ def _add(llm: LLM, number: int, traced: TraceRequest, recorder: Recorder) -> Non
         SamplingParams(temperature=0.0, max_tokens=traced.max_tokens, ignore_eos=True),
         request_id=str(number),
         arrival_time=traced.arrival_time,
+        scheduling_params=SchedulingParams(client_id=traced.client_id),
     )

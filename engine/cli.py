@@ -115,6 +115,7 @@ def _add_simulate(commands: argparse._SubParsersAction[OneLineParser], parent: O
     group.add_argument("--load", default="1", help="arrive so many times as fast; several with commas (default: 1)")
     group = parser.add_argument_group("engines")
     group.add_argument("--policy", default="default", help="policies, with commas between them (default: %(default)s)")
+    group.add_argument("--order", default="fcfs", help="who joins first, with commas (default: %(default)s)")
     group.add_argument("--machine", default="h100-8b", help="a name or a JSON file (default: %(default)s)")
     group.add_argument("--replicas", type=int, default=1, metavar="N", help="engines (default: %(default)s)")
     group.add_argument(

@@ -13,7 +13,6 @@ from typing import Any
 from pagedattn._version import __version__
 from pagedattn.engine.cli_options import status
 from pagedattn.engine.config import EngineConfig
-from pagedattn.engine.policy import resolve_policy
 from pagedattn.engine.simulation.machine import Machine, load_machine
 from pagedattn.engine.simulation.plots import (
     Simulated,
@@ -38,15 +37,19 @@ UNLIMITED = 1 << 30
 
 
 def run_simulate(arguments: argparse.Namespace) -> int:
-    policies, loads = _names(arguments.policy), _loads(arguments.load)
-    for name in policies:
-        resolve_policy(name)
+    policies, orders, loads = _names(arguments.policy), _names(arguments.order), _loads(arguments.load)
     level = ServiceLevel(arguments.ttft_slo, arguments.token_slo)
     make_router(arguments.router)
     machine = load_machine(arguments.machine)
     given = {name: value for name in SIZES if (value := getattr(arguments, name)) is not None}
     sizes = {**{name: getattr(machine, name) for name in SIZES}, **given}
-    configs = {name: EngineConfig(max_model_len=UNLIMITED, policy=name, **sizes) for name in policies}
+    configs = {
+        policy if len(orders) == 1 else f"{policy}, {order}": EngineConfig(
+            max_model_len=UNLIMITED, policy=policy, order=order, **sizes
+        )
+        for policy in policies
+        for order in orders
+    }
     trace = _trace(arguments)
     if arguments.output_dir is not None:
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
@@ -146,6 +149,7 @@ def as_document(
             "num_output_tokens": sum(request.num_output_tokens for request in trace),
             "seconds": trace[-1].arrival_time,
         },
+        "order": arguments.order,
         "num_replicas": arguments.replicas,
         "router": arguments.router,
         "service_level": {"ttft": arguments.ttft_slo, "seconds_per_token": arguments.token_slo},

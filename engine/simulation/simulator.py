@@ -11,31 +11,33 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
-from pagedattn.engine.block_manager import BlockManager
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.outputs import RequestMetrics
-from pagedattn.engine.policy import resolve_policy
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import RequestRejectedError, Scheduler, StepPlan
+from pagedattn.engine.scheduling_params import SchedulingParams
 from pagedattn.engine.simulation.recorder import Recorder
 from pagedattn.engine.simulation.router import Router
 from pagedattn.engine.simulation.step_time import StepTimeModel, StepWork
 from pagedattn.engine.simulation.traces import TraceRequest
 
 BLANK_TOKEN = 0
+END_TOKENS = frozenset({1})  # there is one, so that no answer's length is known beforehand
 
 
 class SimulatedRequest(Request):
     """A request that knows, and does not tell the scheduler, how long its answer will be."""
 
-    def __init__(self, number: int, traced: TraceRequest, params: SamplingParams) -> None:
+    def __init__(self, number: int, traced: TraceRequest, params: SamplingParams, scheduling: SchedulingParams) -> None:
         super().__init__(
             str(number),
             traced.prompt_token_ids(number),
             params,
             max_num_tokens=traced.num_prompt_tokens + traced.max_tokens,
             arrival_time=traced.arrival_time,
+            stop_token_ids=END_TOKENS,
+            scheduling=scheduling,
         )
         self.number = number
         self.final_num_tokens = traced.num_prompt_tokens + traced.num_output_tokens
@@ -112,15 +114,6 @@ class Replica:
         self.num_prompt_tokens -= request.num_prompt_tokens
 
 
-def make_scheduler(config: EngineConfig) -> Scheduler:
-    return Scheduler(
-        BlockManager(config.num_blocks, config.block_size),
-        resolve_policy(config.policy),
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-    )
-
-
 def simulate(
     trace: Iterable[TraceRequest],
     config: EngineConfig,
@@ -136,9 +129,10 @@ def simulate(
     """
     if num_replicas < 1:
         raise ValueError(f"num_replicas={num_replicas} is not allowed: it must be >= 1")
-    replicas = [Replica(index, make_scheduler(config), step_time, recorder) for index in range(num_replicas)]
+    replicas = [Replica(index, Scheduler.from_config(config), step_time, recorder) for index in range(num_replicas)]
     events: list[tuple[float, int]] = []
     params_by_limit: dict[int, SamplingParams] = {}
+    scheduling_by_client: dict[str, SchedulingParams] = {}
     previous_arrival = 0.0
     for number, traced in enumerate(trace):
         arrival = traced.arrival_time
@@ -147,8 +141,12 @@ def simulate(
         previous_arrival = arrival
         _run_until(arrival, replicas, events)
         if traced.max_tokens not in params_by_limit:
-            params_by_limit[traced.max_tokens] = SamplingParams(max_tokens=traced.max_tokens, ignore_eos=True)
-        request = SimulatedRequest(number, traced, params_by_limit[traced.max_tokens])
+            params_by_limit[traced.max_tokens] = SamplingParams(max_tokens=traced.max_tokens)
+        if traced.client_id not in scheduling_by_client:
+            scheduling_by_client[traced.client_id] = SchedulingParams(client_id=traced.client_id)
+        request = SimulatedRequest(
+            number, traced, params_by_limit[traced.max_tokens], scheduling_by_client[traced.client_id]
+        )
         replica = replicas[router.choose(traced, replicas)]
         recorder.arrive(traced, replica.index)
         try:

@@ -74,7 +74,7 @@ class Lengths:
 LOGNORMAL_SIGMA = 1.6  # the longest percentile takes about half of all tokens
 
 WORKLOADS: dict[str, Lengths] = {
-    "low": Lengths((16, 256), 128.0, "uniform", 1024),
+    "low-variance": Lengths((16, 256), 128.0, "uniform", 1024),
     "exp": Lengths((16, 256), 128.0, "exponential", 1024),
     "heavy-tailed": Lengths((16, 1024), 256.0, "lognormal", 4096),
     "shared-prefix": Lengths((16, 128), 128.0, "exponential", 1024, num_prefixes=8, shared_chunks=4),
