@@ -84,7 +84,7 @@ WORKLOADS: dict[str, Lengths] = {
 
 
 def generate(
-    workload: str,
+    workload: str | Lengths,
     num_requests: int,
     *,
     arrivals: str = "poisson",
@@ -93,17 +93,17 @@ def generate(
     seed: int = 0,
     max_tokens: int | Literal["exact"] | None = None,
 ) -> list[TraceRequest]:
-    """``num_requests`` requests of a row of ``WORKLOADS`` at ``rate`` a second on average.
+    """``num_requests`` requests with the lengths of a row of ``WORKLOADS``, or others, at ``rate`` a second on average.
 
     ``max_tokens``: what every client allows, which cuts longer answers; None is the workload's own limit, "exact" the
     length of the answer, as if it were known beforehand.
     ``burstiness``: see ``arrival_times``. Raises ValueError for a parameter out of range.
     """
-    if workload not in WORKLOADS:
+    if isinstance(workload, str) and workload not in WORKLOADS:
         raise ValueError(f"workload={workload!r} is not known: it must be one of {', '.join(WORKLOADS)}")
     if num_requests < 1:
         raise ValueError(f"num_requests={num_requests} is not allowed: it must be >= 1")
-    lengths = WORKLOADS[workload]
+    lengths = WORKLOADS[workload] if isinstance(workload, str) else workload
     limit = max_tokens if isinstance(max_tokens, int) else lengths.max_tokens
     if limit < 1:
         raise ValueError(f"max_tokens={limit} is not allowed: it must be >= 1")

@@ -73,7 +73,9 @@ def test_a_roofline_is_the_longer_of_two_times() -> None:
 
 
 def test_a_fixed_rate_is_the_same_for_all() -> None:
-    assert FixedRate(40.0).seconds(StepWork(1, 1, 1, 1, 1)) == FixedRate(40.0).seconds(StepWork(9, 9, 9, 9, 9)) == 1 / 40
+    assert (
+        FixedRate(40.0).seconds(StepWork(1, 1, 1, 1, 1)) == FixedRate(40.0).seconds(StepWork(9, 9, 9, 9, 9)) == 1 / 40
+    )
 
 
 def test_the_analytic_h100_is_where_physics_puts_it() -> None:
@@ -126,7 +128,7 @@ def test_a_machine_without_a_size_says_which(tmp_path: Path) -> None:
     path.write_text('{"about": "a test", "kind": "fixed-rate", "step_time": {"tokens_per_second": 1}}')
     with pytest.raises(ValueError, match="'num_blocks' is missing"):
         load_machine(str(path))
-    with pytest.raises(ValueError, match="machine 'tpu' is not known: it must be a .json file or one of h100-8b"):
+    with pytest.raises(ValueError, match=r"machine 'tpu' is not known: it must be a \.json file or one of h100-8b"):
         load_machine("tpu")
 
 
