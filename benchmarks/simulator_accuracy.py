@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.simulator_accuracy [--rounds 3] [--json OUT]
 
 The machine is the one that ``benchmarks.step_time`` has fitted, on other traces than these. Arrivals make it harder
-than it looks: where a queue builds up, a step that is off by a little moves everything behind it. Of the real engine each
-figure is the median of the rounds; time is the CPU time of its one thread (``benchmarks.real_engine``).
+than it looks: where a queue builds up, a step that is off by a little moves everything behind it. Of the real engine
+each figure is the median of the rounds; time is the CPU time of its one thread (``benchmarks.real_engine``).
 """
 
 from __future__ import annotations

@@ -45,12 +45,19 @@ def draw_timeline(runs: Sequence[Replay], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches. The object interface, not pyplot: no window system is touched."""
+def require_matplotlib() -> None:
+    """Raises ImportError that says what to install."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ImportError("drawing needs matplotlib: pip install 'pagedattn[demo]'") from None
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches. The object interface, not pyplot: no window system is touched."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -27,6 +27,7 @@ from pagedattn.engine.simulation.simulator import simulate
 from pagedattn.engine.simulation.trace_files import read_trace
 from pagedattn.engine.simulation.traces import TraceRequest, at_load, generate
 from pagedattn.engine.stats import Distribution
+from pagedattn.engine.timeline import require_matplotlib
 
 DEFAULT_NUM_REQUESTS = 1000
 NUM_SAMPLES = 400  # of each replica, over the time in which requests arrive
@@ -51,7 +52,10 @@ def run_simulate(arguments: argparse.Namespace) -> int:
         for order in orders
     }
     trace = _trace(arguments)
+    if arguments.replicas < 1:
+        raise ValueError(f"--replicas {arguments.replicas} is not allowed: it must be >= 1")
     if arguments.output_dir is not None:
+        require_matplotlib()
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     runs = []
     for load in loads:

@@ -158,7 +158,10 @@ def _parse_mooncake(fields: dict[str, Any]) -> _Row:
 
 def _count(value: Any) -> int:
     """Some files have their counts as 12.0."""
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
     if not number.is_integer() or number < 0:
         raise ValueError(f"{value!r} is no number of tokens")
     return int(number)

@@ -93,8 +93,8 @@ def test_steps_are_those_of_the_engine(policy: str) -> None:
     plans: list[object] = []
     schedule = engine.scheduler.schedule
 
-    def observed(at: float) -> StepPlan:
-        plan = schedule(at)
+    def observed(now: float) -> StepPlan:
+        plan = schedule(now)
         plans.append(describe(plan))
         return plan
 
