@@ -30,7 +30,7 @@ from pagedattn.engine.simulation.router import RoundRobin
 from pagedattn.engine.simulation.simulator import simulate
 from pagedattn.engine.simulation.traces import TraceRequest
 
-ARRIVALS_PER_SECOND = 100.0  # about nine tenths of what the machine can serve
+ARRIVALS_PER_SECOND = 105.0  # the rate of benchmarks.scheduling
 MAX_TOKENS = 1024
 
 
