@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
+from pagedattn.engine.block_manager import BlockManager
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.outputs import RequestMetrics
 from pagedattn.engine.request import Request
@@ -114,6 +115,10 @@ class Replica:
         self.num_prompt_tokens -= request.num_prompt_tokens
 
 
+def make_scheduler(config: EngineConfig) -> Scheduler:
+    return Scheduler.from_config(config, BlockManager(config.num_blocks, config.block_size))
+
+
 def simulate(
     trace: Iterable[TraceRequest],
     config: EngineConfig,
@@ -129,7 +134,7 @@ def simulate(
     """
     if num_replicas < 1:
         raise ValueError(f"num_replicas={num_replicas} is not allowed: it must be >= 1")
-    replicas = [Replica(index, Scheduler.from_config(config), step_time, recorder) for index in range(num_replicas)]
+    replicas = [Replica(index, make_scheduler(config), step_time, recorder) for index in range(num_replicas)]
     events: list[tuple[float, int]] = []
     params_by_limit: dict[int, SamplingParams] = {}
     scheduling_by_client: dict[str, SchedulingParams] = {}
