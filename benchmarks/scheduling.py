@@ -5,8 +5,8 @@
 
 All presets get the same requests at the same times, the same blocks, batch size and token budget; queues are first
 come, first served. Clients allow more tokens than they get (the workload's ``max_tokens``), as they do: presets that
-reserve for all of them pay for it. What bounds them all: a decode step reads the weights once, so tokens per second grow
-with the sequences in a batch, which memory and arrivals limit; a prompt's rows take time from everybody's next token.
+reserve for all of them pay for it. What bounds them all: a decode step reads the weights once, so tokens per second
+grow with the sequences in a batch, which memory and arrivals limit; a prompt's rows take time from everybody else.
 """
 
 from __future__ import annotations
