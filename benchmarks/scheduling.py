@@ -123,7 +123,7 @@ def textbook() -> list[dict[str, float]]:
         rates = {}
         for policy in ("static", "default"):
             recorder = Recorder(usage_every=1000)
-            config = EngineConfig(machine.num_blocks, UNLIMITED, machine.block_size, batch_size, 1 << 20, policy)
+            config = EngineConfig(machine.num_blocks, UNLIMITED, machine.block_size, batch_size, 1 << 20, policy=policy)
             simulate(trace, config, machine.step_time, recorder=recorder, router=RoundRobin())
             rates[policy] = recorder.result(SIMULATED_LEVEL).tokens_per_second
         harmonic = sum(1 / number for number in range(1, batch_size + 1))

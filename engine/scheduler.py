@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pagedattn.engine.block_manager import BlockManager, BlockTransfers, CachedPrefix
+from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredictor
-from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue
-from pagedattn.engine.policy import BatchingPolicy
+from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue, resolve_order
+from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.request import Request
 from pagedattn.engine.waiting_queue import KeyedQueue
@@ -133,6 +134,20 @@ class Scheduler:
         self._last_step_time: float | None = None  # None: nothing was computed
         self._step_seconds = 0.0  # of the fastest steps lately
         self._is_closed = False  # after a preemption, until a running request has ended
+
+    @classmethod
+    def from_config(
+        cls, config: EngineConfig, block_manager: BlockManager, predictor: LengthPredictor | None = None
+    ) -> Scheduler:
+        """The scheduler that an engine of ``config`` has."""
+        return cls(
+            block_manager,
+            resolve_policy(config.policy),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            order=resolve_order(config.order),
+            predictor=predictor,
+        )
 
     @property
     def has_unfinished(self) -> bool:

@@ -1,7 +1,7 @@
 """``simulate``: traces through replicas of the engine's own scheduler and block manager, with time as a number.
 
 A replica does what ``Engine.step`` does: schedule, then, when the step's time has passed, give each request its token,
-advance, and let those go that end. Only the forward pass is replaced, by a step-time model, and the tokens are blank.
+advance, and let those go that end. Only the forward pass is replaced, by a step-time model, and the tokens say nothing.
 Requests that arrive while a step runs wait for the next one; of an arrival and a step's end at the same time the
 arrival comes first. Nothing is random here: the same trace gives the same result.
 """
@@ -23,8 +23,7 @@ from pagedattn.engine.simulation.router import Router
 from pagedattn.engine.simulation.step_time import StepTimeModel, StepWork
 from pagedattn.engine.simulation.traces import TraceRequest
 
-BLANK_TOKEN = 0
-END_TOKENS = frozenset({1})  # there is one, so that no answer's length is known beforehand
+END_TOKENS = frozenset({0})  # there is one, so that no answer's length is known beforehand
 
 
 class SimulatedRequest(Request):
@@ -41,6 +40,7 @@ class SimulatedRequest(Request):
             scheduling=scheduling,
         )
         self.number = number
+        self.answer_token_id = traced.answer_token_id(number)
         self.final_num_tokens = traced.num_prompt_tokens + traced.num_output_tokens
         self.last_token_time: float | None = None
 
@@ -91,7 +91,7 @@ class Replica:
                 continue
             request = scheduled.request
             assert isinstance(request, SimulatedRequest)
-            request.token_ids.append(BLANK_TOKEN)
+            request.token_ids.append(request.answer_token_id)
             scheduler.advance(scheduled)
             last_time = request.last_token_time
             if last_time == self._step_start:
@@ -116,7 +116,10 @@ class Replica:
 
 
 def make_scheduler(config: EngineConfig) -> Scheduler:
-    return Scheduler.from_config(config, BlockManager(config.num_blocks, config.block_size))
+    block_manager = BlockManager(
+        config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+    )
+    return Scheduler.from_config(config, block_manager)
 
 
 def simulate(

@@ -45,12 +45,17 @@ class TraceRequest:
                 f"{self.max_tokens}"
             )
 
+    @staticmethod
+    def answer_token_id(number: int) -> int:
+        """What the ``number``-th request answers, again and again: like no other's answer, and no prompt's token."""
+        return 3 * number + 2
+
     def prompt_token_ids(self, number: int) -> list[int]:
-        """The prompt of the ``number``-th request: even ids are chunks of a shared prefix, odd ones are its own."""
+        """The prompt of the ``number``-th request: multiples of three are shared chunks, one more its own tokens."""
         token_ids: list[int] = []
         for prefix_id in self.prefix_ids:
-            token_ids += [2 * prefix_id] * min(PREFIX_CHUNK_TOKENS, self.num_prompt_tokens - len(token_ids))
-        token_ids += [2 * number + 1] * (self.num_prompt_tokens - len(token_ids))
+            token_ids += [3 * prefix_id] * min(PREFIX_CHUNK_TOKENS, self.num_prompt_tokens - len(token_ids))
+        token_ids += [3 * number + 1] * (self.num_prompt_tokens - len(token_ids))
         return token_ids
 
 

@@ -79,9 +79,9 @@ def test_steps_are_those_of_the_engine(policy: str) -> None:
     random = np.random.default_rng(5)
     arrivals = np.cumsum(random.integers(0, 4, 24)).tolist()
     prompts, outputs = random.integers(1, 50, 24).tolist(), random.integers(1, 40, 24).tolist()
-    trace = [
-        TraceRequest(float(at), prompt, output, output)
-        for at, prompt, output in zip(arrivals, prompts, outputs, strict=True)
+    trace = [  # every third begins as others do
+        TraceRequest(float(at), prompt, output, output, prefix_ids=(number % 2,) if number % 3 == 0 else ())
+        for number, (at, prompt, output) in enumerate(zip(arrivals, prompts, outputs, strict=True))
     ]
     sizes = {"num_blocks": 34, "max_num_batched_tokens": 24, "policy": policy}
     log = PlanLog()
@@ -104,7 +104,7 @@ def test_steps_are_those_of_the_engine(policy: str) -> None:
         while waiting and waiting[0][1].arrival_time <= now:
             number, traced = waiting.pop(0)
             params = SamplingParams(temperature=0.0, max_tokens=traced.max_tokens, ignore_eos=True)
-            prompt = {"prompt_token_ids": [65] * traced.num_prompt_tokens}
+            prompt = {"prompt_token_ids": traced.prompt_token_ids(number)}
             engine.add_request(prompt, params, request_id=str(number), arrival_time=traced.arrival_time)
         if engine.has_unfinished:
             engine.step()

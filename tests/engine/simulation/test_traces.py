@@ -126,8 +126,8 @@ def test_a_prompt_has_its_length(num_tokens: int, prefix_ids: list[int], number:
     prompt = request.prompt_token_ids(number)
     assert len(prompt) == num_tokens
     num_shared = min(num_tokens, PREFIX_CHUNK_TOKENS * len(prefix_ids))
-    assert all(token % 2 == 0 for token in prompt[:num_shared])
-    assert prompt[num_shared:] == [2 * number + 1] * (num_tokens - num_shared)
+    assert all(token % 3 == 0 for token in prompt[:num_shared])
+    assert prompt[num_shared:] == [3 * number + 1] * (num_tokens - num_shared)
 
 
 def test_load_squeezes_the_arrivals() -> None:
