@@ -1,10 +1,11 @@
 """The simulator against the real engine: the same traces, throughput and latencies side by side.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.simulator_accuracy [--rounds 3] [--json OUT]
+    OMP_NUM_THREADS=1 python -m benchmarks.simulator_accuracy [--rounds 3] [--json OUT] [--machine-output OUT]
 
-The machine is the one that ``benchmarks.step_time`` has fitted, on other traces than these. Arrivals make it harder
-than it looks: where a queue builds up, a step that is off by a little moves everything behind it. Of the real engine
-each figure is the median of the rounds; time is the CPU time of its one thread (``benchmarks.real_engine``).
+The step times are fitted in the same session as ``benchmarks.step_time`` does it, on other traces than these, in turn
+with them: so a machine that is slower today than it was is no error of the simulator. Arrivals make it harder than
+it looks: where a queue builds up, a step that is off by a little moves everything behind it. Of the real engine each
+figure is the median of the rounds; time is the CPU time of its one thread (``benchmarks.real_engine``).
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from typing import Any
 
 from benchmarks.engine import about_machine
 from benchmarks.real_engine import run_real
+from benchmarks.step_time import as_document as step_time_document
+from benchmarks.step_time import measure_once
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.llm import LLM
-from pagedattn.engine.simulation.machine import Machine, load_machine
+from pagedattn.engine.simulation.machine import Machine, load_machine, parse_machine
 from pagedattn.engine.simulation.recorder import Recorder, ServiceLevel, SimulationResult
 from pagedattn.engine.simulation.router import RoundRobin
 from pagedattn.engine.simulation.simulator import simulate
 from pagedattn.engine.simulation.traces import Lengths, TraceRequest, generate
-from pagedattn.engine.weights import LoadedModel, load_model
+from pagedattn.engine.weights import load_model
 
 LEVEL = ServiceLevel(ttft=2.0, seconds_per_token=0.25)
 TOLERANCE = 0.1
@@ -78,25 +81,23 @@ def figures(result: SimulationResult) -> dict[str, float]:
     }
 
 
-def compare(workload: Workload, loaded: LoadedModel, machine: Machine, num_rounds: int) -> dict[str, Any]:
-    """One row: what the simulator says, the rounds of the real engine, and how far off the median is."""
-    trace = workload.trace()
-    sizes: dict[str, Any] = {
+def config_of(workload: Workload, machine: Machine) -> dict[str, Any]:
+    return {
         "num_blocks": workload.num_blocks,
         "block_size": machine.block_size,
         "max_num_seqs": machine.max_num_seqs,
         "max_num_batched_tokens": machine.max_num_batched_tokens,
         "policy": workload.policy,
     }
+
+
+def compare(workload: Workload, machine: Machine, rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """One row: what the simulator says, the rounds of the real engine, and how far off their median it is."""
+    trace = workload.trace()
     recorder = Recorder()
-    config = EngineConfig(max_model_len=workload.num_blocks * machine.block_size, **sizes)
+    config = EngineConfig(max_model_len=workload.num_blocks * machine.block_size, **config_of(workload, machine))
     simulate(trace, config, machine.step_time, recorder=recorder, router=RoundRobin())
     simulated = figures(recorder.result(LEVEL))
-    rounds = []
-    for _ in range(num_rounds):
-        recorder = Recorder()
-        run_real(LLM(loaded, **sizes), trace, recorder)
-        rounds.append(figures(recorder.result(LEVEL)))
     real = {name: statistics.median(one[name] for one in rounds) for name in simulated}
     errors = {
         name: simulated[name] / real[name] - 1
@@ -106,22 +107,33 @@ def compare(workload: Workload, loaded: LoadedModel, machine: Machine, num_round
         "workload": {**asdict(workload), "num_output_tokens": sum(one.num_output_tokens for one in trace)},
         "simulated": simulated,
         "real": real,
-        "rounds": rounds,
+        "rounds": list(rounds),
         "relative_errors": errors,
     }
 
 
-def benchmark(num_rounds: int, note: Callable[[str], None]) -> dict[str, Any]:
-    machine = load_machine("smollm2-cpu")
+def benchmark(num_rounds: int, note: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results, and the machine that was fitted for them."""
     loaded = load_model("smollm2-135m-instruct", device="cpu")
     about = about_machine(loaded.decoder.device)
+    sizes = load_machine("smollm2-cpu")
     run_real(LLM(loaded, num_blocks=64), WORKLOADS[0].trace()[:1], Recorder())  # memory and threads are there
-    rows = []
-    for workload in WORKLOADS:
-        rows.append(compare(workload, loaded, machine, num_rounds))
-        errors = ", ".join(f"{name} {error:+.1%}" for name, error in rows[-1]["relative_errors"].items())
-        note(f"{workload.name}: {errors}")
-    return {
+    calibration = []
+    rounds: list[list[dict[str, float]]] = [[] for _ in WORKLOADS]
+    for number in range(num_rounds):
+        calibration.append(measure_once(loaded))
+        for workload, done in zip(WORKLOADS, rounds, strict=True):
+            recorder = Recorder()
+            run_real(LLM(loaded, **config_of(workload, sizes)), workload.trace(), recorder)
+            done.append(figures(recorder.result(LEVEL)))
+        note(f"round {number + 1} of {num_rounds}")
+    fitted = step_time_document(calibration, loaded)
+    machine = parse_machine("smollm2-cpu", fitted)
+    rows = [compare(workload, machine, done) for workload, done in zip(WORKLOADS, rounds, strict=True)]
+    for row in rows:
+        errors = ", ".join(f"{name} {error:+.1%}" for name, error in row["relative_errors"].items())
+        note(f"{row['workload']['name']}: {errors}")
+    document = {
         "benchmark": "simulator-accuracy",
         **about,
         "model": loaded.name,
@@ -129,6 +141,7 @@ def benchmark(num_rounds: int, note: Callable[[str], None]) -> dict[str, Any]:
         "num_rounds": num_rounds,
         "rows": rows,
     }
+    return document, fitted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,8 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--machine-output", type=Path, help="also write the machine that was fitted to this file")
     parsed = parser.parse_args(arguments)
-    document = benchmark(parsed.rounds, lambda line: print(line, file=sys.stderr, flush=True))
+    document, fitted = benchmark(parsed.rounds, lambda line: print(line, file=sys.stderr, flush=True))
+    if parsed.machine_output:
+        parsed.machine_output.write_text(json.dumps(fitted, indent=1) + "\n", encoding="utf-8")
     if parsed.json:
         parsed.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document))

@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,20 +51,24 @@ def calibration_trace(num: int, prompt: tuple[int, int], output: tuple[int, int]
     return [TraceRequest(0.0, num_prompt, num_output, num_output) for num_prompt, num_output in lengths]
 
 
-def measure(loaded: LoadedModel, num_rounds: int, note: Callable[[str], None]) -> list[TimedStep]:
-    """The steps of all runs, each with the median of its rounds. Raises RuntimeError when rounds differ."""
+def measure_once(loaded: LoadedModel) -> list[TimedStep]:
+    """The steps of all runs, one after the other; the same ones each time."""
     steps = []
     for seed, (policy, max_num_seqs, num, prompt, output) in enumerate(RUNS):
         sizes: dict[str, Any] = {**SIZES, "max_num_seqs": max_num_seqs}
-        llm = LLM(loaded, policy=policy, **sizes)
-        trace = calibration_trace(num, prompt, output, seed)
-        rounds = [run_real(llm, trace, Recorder()) for _ in range(num_rounds + 1)][1:]  # the first warms up
-        if any([step.work for step in one] != [step.work for step in rounds[0]] for one in rounds):
-            raise RuntimeError("the rounds have different steps: something but the trace decides what is scheduled")
-        medians = [statistics.median(step.seconds for step in same) for same in zip(*rounds, strict=True)]
-        steps += [replace(step, seconds=seconds) for step, seconds in zip(rounds[0], medians, strict=True)]
-        note(f"{policy}, {max_num_seqs} sequences: {len(medians)} steps, {sum(medians):.1f} s a round")
+        # Without prefix caching: the prompts of the round before are not to be found.
+        llm = LLM(loaded, policy=policy, enable_prefix_caching=False, **sizes)
+        steps += run_real(llm, calibration_trace(num, prompt, output, seed), Recorder())
     return steps
+
+
+def medians(rounds: Sequence[Sequence[TimedStep]]) -> list[TimedStep]:
+    """Each step with the median of its rounds. Raises RuntimeError when the rounds differ in their steps."""
+    if any([step.work for step in one] != [step.work for step in rounds[0]] for one in rounds):
+        raise RuntimeError("the rounds have different steps: something but the trace decides what is scheduled")
+    return [
+        replace(same[0], seconds=statistics.median(step.seconds for step in same)) for same in zip(*rounds, strict=True)
+    ]
 
 
 def features(work: StepWork) -> list[float]:
@@ -121,7 +125,11 @@ def errors(model: Fitted, steps: Sequence[TimedStep]) -> dict[str, float]:
     }
 
 
-def as_document(model: Fitted, loaded: LoadedModel, held_out: dict[str, float], num_rounds: int) -> dict[str, Any]:
+def as_document(rounds: Sequence[Sequence[TimedStep]], loaded: LoadedModel) -> dict[str, Any]:
+    """The machine that the rounds give, and how well it predicts the steps that were held back."""
+    steps = medians(rounds)
+    model = fit([step for number, step in enumerate(steps) if number % EVERY_HELD_OUT])
+    held_out = errors(model, steps[::EVERY_HELD_OUT])
     about = about_machine(loaded.decoder.device)
     dtype = str(loaded.decoder.dtype).removeprefix("torch.")
     return {
@@ -130,7 +138,7 @@ def as_document(model: Fitted, loaded: LoadedModel, held_out: dict[str, float], 
         "kind": "fitted",
         "step_time": asdict(model),
         **SIZES,
-        "fit": {"held_out_steps": held_out, "num_rounds": num_rounds, **about},
+        "fit": {"held_out_steps": held_out, "num_rounds": len(rounds), **about},
     }
 
 
@@ -141,10 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the machine to this file")
     parsed = parser.parse_args(arguments)
     loaded = load_model(parsed.model, device="cpu")
-    steps = measure(loaded, parsed.rounds, lambda line: print(line, file=sys.stderr, flush=True))
-    model = fit([step for number, step in enumerate(steps) if number % EVERY_HELD_OUT])
-    document = as_document(model, loaded, errors(model, steps[::EVERY_HELD_OUT]), parsed.rounds)
-    text = json.dumps(document, indent=1)
+    measure_once(loaded)  # memory and threads are there
+    text = json.dumps(as_document([measure_once(loaded) for _ in range(parsed.rounds)], loaded), indent=1)
     if parsed.output:
         parsed.output.write_text(text + "\n", encoding="utf-8")
     print(text)
