@@ -93,6 +93,7 @@ def run_real(llm: LLM, trace: Sequence[TraceRequest], recorder: Recorder) -> lis
                     times = replace(output.metrics, first_token_time=first_token_times[number], finished_time=end)
                     recorder.finish(number, times, num_tokens)
         engine.step()  # hands out what was aborted last
+        recorder.close(engine.scheduler)
     finally:
         engine.scheduler.schedule = schedule  # type: ignore[method-assign]
     return steps

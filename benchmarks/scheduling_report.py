@@ -8,6 +8,7 @@ from typing import Any
 OURS, BASELINE = "default", "static"
 LEAD = 0.01  # by how much another preset must be better to be named
 PERCENTILES = ("p50", "p95", "p99")
+SHARES = ("slot_utilization", "kv_usage", "kv_utilization", "prefix_hit_share")
 TIMES = {"ttft": "TTFT", "inter_token_latency": "between tokens", "latency": "latency"}
 
 
@@ -72,7 +73,7 @@ def tables(document: dict[str, Any]) -> str:
     )
     parts = [caption]
     headings = ["preset", "tokens/s", "goodput/s", *(f"{title} p50 / p95 / p99, s" for title in TIMES.values())]
-    headings += ["slots", "KV used", "KV filled", "preempted"]
+    headings += ["slots", "KV used", "KV filled", "prefix hits", "preempted"]
     for workload in document["workloads"]:
         rows = [
             [
@@ -80,7 +81,7 @@ def tables(document: dict[str, Any]) -> str:
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['goodput']:.2f}",
                 *(_times(row, field) for field in TIMES),
-                *(f"{row[name]:.0%}" for name in ("slot_utilization", "kv_usage", "kv_utilization")),
+                *(f"{row[name]:.0%}" for name in SHARES),
                 str(row["num_preemptions"]),
             ]
             for row in workload["rows"]
@@ -158,8 +159,9 @@ def accuracy(document: dict[str, Any]) -> str:
 
 def speed(document: dict[str, Any]) -> str:
     result = document["result"]
+    with_caching = " with prefix caching" if document["prefix_caching"] else " without prefix caching"
     return (
         f"{result['num_requests']:,} requests, {result['num_output_tokens']:,} tokens and {result['num_steps']:,} "
-        f"steps through one replica: {document['cpu_seconds']:.0f} s of CPU time on one core of {document['device']} "
+        f"steps through one replica{with_caching}: {document['cpu_seconds']:.0f} s of CPU time on one core of {document['device']} "
         f"({document['date']}), {document['max_resident_mib']:.0f} MiB.\n"
     )

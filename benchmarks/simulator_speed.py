@@ -1,6 +1,6 @@
 """How long a million requests take to simulate: the `exp` trace's lengths through one replica, step by step.
 
-    python -m benchmarks.simulator_speed [--num-requests 1000000] [--json OUT]
+    python -m benchmarks.simulator_speed [--num-requests 1000000] [--prefix-caching] [--json OUT]
 
 What bounds it: every token of every answer goes through the real scheduler once, 128 million of them; nothing is
 skipped. Lengths are drawn beforehand. CPU seconds of this process are counted, which is one core's time.
@@ -43,16 +43,21 @@ def requests_of(lengths: Sequence[tuple[int, int]]) -> Iterator[TraceRequest]:
         now += float(random.exponential(1.0 / ARRIVALS_PER_SECOND))
 
 
-def measure(num_requests: int) -> dict[str, Any]:
+def measure(num_requests: int, with_prefix_caching: bool) -> dict[str, Any]:
     import torch
 
     drawn = itertools.islice(draw_requests("exp", 49_152), num_requests)
     lengths = [(len(token_ids), num_output_tokens) for token_ids, num_output_tokens in drawn]
     machine = load_machine("h100-8b")
     config = EngineConfig(
-        machine.num_blocks, 1 << 20, machine.block_size, machine.max_num_seqs, machine.max_num_batched_tokens
+        machine.num_blocks,
+        1 << 20,
+        machine.block_size,
+        machine.max_num_seqs,
+        machine.max_num_batched_tokens,
+        enable_prefix_caching=with_prefix_caching,
     )
-    recorder = Recorder()
+    recorder = Recorder(usage_every=16)
     wall, cpu = time.perf_counter(), time.process_time()
     simulate(requests_of(lengths), config, machine.step_time, recorder=recorder, router=RoundRobin())
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -62,6 +67,7 @@ def measure(num_requests: int) -> dict[str, Any]:
     return {
         "benchmark": "simulator-speed",
         **about_machine(torch.device("cpu")),
+        "prefix_caching": with_prefix_caching,
         "cpu_seconds": cpu,
         "wall_seconds": wall,
         "max_resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -73,9 +79,12 @@ def measure(num_requests: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-requests", type=int, default=1_000_000)
+    parser.add_argument(
+        "--prefix-caching", action="store_true", help="hash all blocks, though no two prompts are alike"
+    )
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parsed = parser.parse_args(arguments)
-    document = measure(parsed.num_requests)
+    document = measure(parsed.num_requests, parsed.prefix_caching)
     if parsed.json:
         parsed.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"{parsed.num_requests} requests, {document['result']['num_output_tokens']} tokens: ", end="")

@@ -41,8 +41,8 @@ class SimulationResult:
     ``goodput``: requests a second that were served as the ``ServiceLevel`` wants it. ``slot_utilization``: the share of
     batch slots, over the time that steps ran, in which a sequence was computed. ``kv_usage``: allocated blocks of all
     blocks, and ``kv_utilization``: of the token slots in them those that hold a token of an unfinished request, over
-    the same time. ``padding_share``: rows computed for nobody, of all rows. Distributions are None where there is no
-    value.
+    the same time. ``padding_share``: rows computed for nobody, of all rows. ``prefix_hit_share``: of all prompt tokens,
+    those that were in the cache when their request started. Distributions are None where there is no value.
     """
 
     num_requests: int
@@ -60,6 +60,7 @@ class SimulationResult:
     kv_usage: float
     kv_utilization: float
     padding_share: float
+    prefix_hit_share: float
     num_preemptions: int
     num_steps: int
 
@@ -106,7 +107,8 @@ class Recorder:
         self._slots = Slots()
         self._gaps, self._gap_counts = array("d"), array("q")
         self._num_rejected = self._num_steps = self._num_preemptions = self._num_padding = self._num_rows = 0
-        self._busy_seconds = self._slot_seconds = self._max_slot_seconds = 0.0
+        self._num_prefix_queries = self._num_prefix_hits = 0
+        self._slot_seconds = self._max_slot_seconds = 0.0
         self._usage_seconds = self._used_share_seconds = self._filled_seconds = self._allocated_seconds = 0.0
 
     def arrive(self, traced: TraceRequest, replica: int = 0) -> None:
@@ -152,7 +154,6 @@ class Recorder:
         self._num_preemptions += len(plan.preempted)
         self._num_padding += plan.num_padding_tokens
         self._num_rows += work.num_rows
-        self._busy_seconds += seconds
         self._slot_seconds += seconds * work.num_seqs
         self._max_slot_seconds += seconds * scheduler.max_num_seqs
         if self._sample_seconds is not None:
@@ -218,6 +219,11 @@ class Recorder:
         self.num_output_tokens[number] = num_output_tokens
         self.num_request_preemptions[number] = times.num_preemptions
 
+    def close(self, scheduler: Scheduler) -> None:
+        """A replica has done all its work."""
+        self._num_prefix_queries += scheduler.prefix_cache_queries
+        self._num_prefix_hits += scheduler.prefix_cache_hits
+
     def served_well(self, level: ServiceLevel) -> NDArray[np.bool_]:
         """Of each request whether it was; one that did not finish was not."""
         arrival, first, last = map(np.asarray, (self.arrival_times, self.first_token_times, self.finished_times))
@@ -252,6 +258,7 @@ class Recorder:
             kv_usage=self._used_share_seconds / max(self._usage_seconds, 1e-12),
             kv_utilization=self._filled_seconds / max(self._allocated_seconds, 1e-12),
             padding_share=self._num_padding / max(self._num_rows, 1),
+            prefix_hit_share=self._num_prefix_hits / max(self._num_prefix_queries, 1),
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
         )

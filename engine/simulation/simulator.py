@@ -84,17 +84,17 @@ class Replica:
         if plan is None:
             return
         self._plan = None
-        num_steady = 0
+        num_steady, start, advance = 0, self._step_start, scheduler.advance
         for scheduled in plan.scheduled:
-            if not scheduled.needs_sample:
-                scheduler.advance(scheduled)
+            request, _, _, needs_sample = scheduled
+            if not needs_sample:
+                advance(scheduled)
                 continue
-            request = scheduled.request
             assert isinstance(request, SimulatedRequest)
             request.token_ids.append(request.answer_token_id)
-            scheduler.advance(scheduled)
+            advance(scheduled)
             last_time = request.last_token_time
-            if last_time == self._step_start:
+            if last_time == start:
                 num_steady += 1
             elif last_time is not None:
                 recorder.token_gap(now - last_time)
@@ -103,7 +103,7 @@ class Replica:
             request.last_token_time = now
             if len(request.token_ids) >= request.final_num_tokens:
                 self._finish(request, now)
-        recorder.token_gap(now - self._step_start, num_steady)
+        recorder.token_gap(now - start, num_steady)
 
     def _finish(self, request: SimulatedRequest, now: float) -> None:
         self.scheduler.finish(request)
@@ -169,6 +169,7 @@ def simulate(
     _run_until(float("inf"), replicas, events)
     for replica in replicas:
         replica.scheduler.check_integrity()
+        recorder.close(replica.scheduler)
 
 
 def _run_until(arrival: float, replicas: Sequence[Replica], events: list[tuple[float, int]]) -> None:

@@ -230,6 +230,15 @@ def test_static_against_continuous_as_in_the_textbook(batch_size: int) -> None:
     assert seconds["static"] / ideal == pytest.approx(harmonic, rel=0.05)
 
 
+def test_shared_prompts_are_computed_once() -> None:
+    """Of three prompts of 40 tokens that begin alike, two find the full blocks of the first."""
+    trace = [TraceRequest(float(at), 40, 2, 2, prefix_ids=(7,)) for at in (0, 5, 10)]
+    _, result = run(trace, config())
+    assert result.prefix_hit_share == pytest.approx(2 * 36 / 120), "the last block is computed for its logits"
+    _, result = run(trace, config(enable_prefix_caching=False))
+    assert result.prefix_hit_share == 0
+
+
 def test_a_trace_out_of_order_is_refused() -> None:
     with pytest.raises(ValueError, match="request 1 arrives at 1"):
         run([TraceRequest(2.0, 4, 2, 2), TraceRequest(1.0, 4, 2, 2)], config())
