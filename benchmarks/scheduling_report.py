@@ -160,8 +160,8 @@ def accuracy(document: dict[str, Any]) -> str:
 def speed(document: dict[str, Any]) -> str:
     result = document["result"]
     with_caching = " with prefix caching" if document["prefix_caching"] else " without prefix caching"
+    cpu = f"{document['cpu_seconds']:.0f} s of CPU time on one core of {document['device']} ({document['date']})"
     return (
         f"{result['num_requests']:,} requests, {result['num_output_tokens']:,} tokens and {result['num_steps']:,} "
-        f"steps through one replica{with_caching}: {document['cpu_seconds']:.0f} s of CPU time on one core of {document['device']} "
-        f"({document['date']}), {document['max_resident_mib']:.0f} MiB.\n"
+        f"steps through one replica{with_caching}: {cpu}, {document['max_resident_mib']:.0f} MiB.\n"
     )

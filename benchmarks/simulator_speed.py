@@ -79,9 +79,7 @@ def measure(num_requests: int, with_prefix_caching: bool) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-requests", type=int, default=1_000_000)
-    parser.add_argument(
-        "--prefix-caching", action="store_true", help="hash all blocks, though no two prompts are alike"
-    )
+    parser.add_argument("--prefix-caching", action="store_true", help="though no two prompts are alike")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parsed = parser.parse_args(arguments)
     document = measure(parsed.num_requests, parsed.prefix_caching)
