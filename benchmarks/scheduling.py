@@ -57,7 +57,7 @@ SIMULATED = (
     Cell("low-variance lengths", WORKLOADS["low-variance"], 3000, 110.0),
     Cell("exponential lengths", WORKLOADS["exp"], 3000, 105.0),
     Cell("heavy-tailed lengths", WORKLOADS["heavy-tailed"], 3000, 30.0),
-    Cell("shared prefixes", WORKLOADS["shared-prefix"], 3000, 90.0),
+    Cell("shared prefixes", WORKLOADS["shared-prefix"], 2000, 42.0),
     Cell("long prompts, short answers", WORKLOADS["long-prompt"], 600, 3.5),
     Cell("over-saturation, heavy-tailed", WORKLOADS["heavy-tailed"], 3000, 70.0),
 )

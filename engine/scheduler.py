@@ -224,12 +224,15 @@ class Scheduler:
             num_unfilled_slots(request, request.num_computed_tokens + num_planned.get(request, 0))
             for request in self.running
         ]
-        # A padded batch's ended rows use nothing of what they hold.
-        wasted += [len(request.block_ids) * block_size for request in self.lingering]
+        num_wasted = sum(wasted)
+        if self.lingering:  # ended rows use nothing of what they hold, but a running one may share some of it
+            ended = {id_ for request in self.lingering for id_ in request.block_ids}
+            num_wasted += len(ended.difference(*(request.block_ids for request in self.running))) * block_size
+            wasted += [len(request.block_ids) * block_size for request in self.lingering]
         num_used = self.block_manager.num_used
         num_slots = num_used * block_size
         return BlockUsage(
-            self.block_manager.num_blocks, num_used, num_slots, num_slots - sum(wasted), max(wasted, default=0)
+            self.block_manager.num_blocks, num_used, num_slots, num_slots - num_wasted, max(wasted, default=0)
         )
 
     def check_integrity(self) -> None:

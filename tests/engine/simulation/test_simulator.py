@@ -239,6 +239,19 @@ def test_shared_prompts_are_computed_once() -> None:
     assert result.prefix_hit_share == 0
 
 
+def test_blocks_that_ended_rows_share_are_wasted_once() -> None:
+    """A padded batch of four equal prompts: three end early, and what they share with the fourth is still in use."""
+    trace = [TraceRequest(0.0, 40, 2, 2, prefix_ids=(7,))]
+    trace += [TraceRequest(5.0, 40, output, output, prefix_ids=(7,)) for output in (1, 1, 1, 40)]
+    recorder, result = run(trace, config(policy="static"), Recorder(max_step_records=100))
+    usages = [step.usage for step in recorder.steps if step.held]
+    assert len(usages) == 39
+    # Nine shared blocks, and of each row its own: one of the three that ended, eleven of the one that goes on.
+    assert {usage.num_used_blocks for usage in usages} == {9 + 3 * 1 + 11}
+    assert [usage.num_filled_slots for usage in usages] == list(range(41, 80))
+    assert 0 < result.kv_utilization < 1
+
+
 def test_a_trace_out_of_order_is_refused() -> None:
     with pytest.raises(ValueError, match="request 1 arrives at 1"):
         run([TraceRequest(2.0, 4, 2, 2), TraceRequest(1.0, 4, 2, 2)], config())
