@@ -95,8 +95,8 @@ def _add_simulate(commands: argparse._SubParsersAction[OneLineParser], parent: O
         "simulate",
         parents=[parent],
         help="batching policies compared on a trace, in simulated time",
-        description="Runs a trace through the engine's scheduler with a model of how long a step takes, for every "
-        "combination of policy, order and load, and compares. docs/simulator.md describes traces, machines and figures.",
+        description="Runs a trace through the engine's scheduler with a model of how long a step takes, for "
+        "every combination of policy, order and load. docs/simulator.md describes traces, machines and figures.",
     )
     parser.set_defaults(run="pagedattn.engine.simulation.command:run_simulate")
     group = parser.add_argument_group("trace")
