@@ -64,12 +64,12 @@ SIMULATED = (
 SIMULATED_LEVEL = ServiceLevel(ttft=2.0, seconds_per_token=0.05)
 # The same in small: prompts and answers that one CPU thread gets through, and as little memory.
 REAL = (
-    Cell("low-variance lengths", Lengths((16, 96), 24.0, "uniform", 96), 16, 1.2),
-    Cell("exponential lengths", Lengths((16, 96), 24.0, "exponential", 96), 16, 1.2),
-    Cell("heavy-tailed lengths", Lengths((16, 160), 24.0, "lognormal", 192), 16, 1.0),
-    Cell("shared prefixes", Lengths((8, 32), 16.0, "exponential", 64, num_prefixes=2, shared_chunks=1), 10, 0.4),
-    Cell("long prompts, short answers", Lengths((256, 640), 6.0, "exponential", 32), 10, 0.5),
-    Cell("over-saturation, heavy-tailed", Lengths((16, 160), 24.0, "lognormal", 192), 20, 4.0),
+    Cell("low-variance lengths", Lengths((16, 96), 16.0, "uniform", 96), 12, 2.0),
+    Cell("exponential lengths", Lengths((16, 96), 16.0, "exponential", 96), 12, 2.0),
+    Cell("heavy-tailed lengths", Lengths((16, 128), 16.0, "lognormal", 192), 12, 1.5),
+    Cell("shared prefixes", Lengths((8, 32), 12.0, "exponential", 64, num_prefixes=2, shared_chunks=1), 10, 1.0),
+    Cell("long prompts, short answers", Lengths((256, 512), 4.0, "exponential", 32), 8, 0.6),
+    Cell("over-saturation, heavy-tailed", Lengths((16, 128), 16.0, "lognormal", 192), 16, 8.0),
 )
 REAL_LEVEL = ServiceLevel(ttft=4.0, seconds_per_token=0.4)
 REAL_NUM_BLOCKS = 96
