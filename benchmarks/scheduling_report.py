@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 OURS, BASELINE = "default", "static"
-LEAD = 0.01  # by how much another preset must be better to be named
 PERCENTILES = ("p50", "p95", "p99")
 SHARES = ("slot_utilization", "kv_usage", "kv_utilization", "prefix_hit_share")
 TIMES = {"ttft": "TTFT", "inter_token_latency": "between tokens", "latency": "latency"}
@@ -91,13 +90,14 @@ def tables(document: dict[str, Any]) -> str:
         parts.append(
             f"**{workload['name'].capitalize()}**: {workload['num_requests']} requests, {workload['rate']:g} a second "
             f"({workload['arrivals']}), {mean_prompt:.0f} prompt and {mean_output:.0f} output tokens on average, "
-            f"max_tokens {workload['lengths']['max_tokens']}.\n\n{_grid(headings, rows)}\n{losses(workload['rows'])}\n"
+            f"max_tokens {workload['lengths']['max_tokens']}.\n\n{_grid(headings, rows)}\n"
+            f"{losses(workload['rows'], document['noise'])}\n"
         )
     return "\n".join(parts)
 
 
-def losses(rows: Sequence[dict[str, Any]]) -> str:
-    """Where another preset is better than ours by more than ``LEAD``, and by how much the best one is."""
+def losses(rows: Sequence[dict[str, Any]], noise: float) -> str:
+    """Where another preset is better than ours by more than ``noise``, and by how much the best one is."""
     figures: list[tuple[str, Callable[[dict[str, Any]], float], bool]] = [
         ("tokens/s", lambda row: float(row["tokens_per_second"]), True),
         ("goodput", lambda row: float(row["goodput"]), True),
@@ -112,11 +112,11 @@ def losses(rows: Sequence[dict[str, Any]]) -> str:
     for title, of, larger in figures:
         best = max(rows, key=of) if larger else min(rows, key=of)
         ahead = (of(best) / max(of(ours), 1e-12) if larger else of(ours) / max(of(best), 1e-12)) - 1
-        if ahead > LEAD:
+        if ahead > noise:
             value = f"{of(best):.2f}" if larger else f"{_seconds(of(best))} s"
             found.append(f"{title} (`{best['policy']}`: {value}, {ahead:.0%} better)")
     if not found:
-        return f"`{OURS}` is the best, or within {LEAD:.0%} of it, in every column."
+        return f"`{OURS}` is the best, or within {noise:.0%} of it, in every column."
     return f"`{OURS}` loses in " + ", ".join(found) + "."
 
 

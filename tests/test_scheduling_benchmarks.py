@@ -25,6 +25,7 @@ def document() -> dict[str, Any]:
         "machine": machine.about,
         "sizes": {**sizes, "max_num_batched_tokens": machine.max_num_batched_tokens},
         "service_level": asdict(scheduling.SIMULATED_LEVEL),
+        "noise": scheduling.SIMULATED_NOISE,
         "workloads": workloads,
     }
 
@@ -55,13 +56,14 @@ def row(policy: str, tokens_per_second: float, goodput: float, seconds: float) -
 
 def test_losses_are_named() -> None:
     ours = row("default", 100.0, 10.0, 1.0)
-    nothing = scheduling_report.losses([ours, row("orca", 100.9, 10.05, 0.995)])
+    nothing = scheduling_report.losses([ours, row("orca", 100.9, 10.05, 0.995)], 0.01)
     assert nothing == "`default` is the best, or within 1% of it, in every column."
-    found = scheduling_report.losses([ours, row("orca", 120.0, 9.0, 1.0), row("vllm", 90.0, 9.0, 0.5)])
+    found = scheduling_report.losses([ours, row("orca", 120.0, 9.0, 1.0), row("vllm", 90.0, 9.0, 0.5)], 0.01)
     assert found.startswith("`default` loses in tokens/s (`orca`: 120.00, 20% better), TTFT p50 (`vllm`: 0.500 s, 100%")
     assert "goodput" not in found
+    assert "tokens/s" not in scheduling_report.losses([ours, row("orca", 120.0, 9.0, 1.0)], 0.2)
     without = {**row("orca", 100.0, 10.0, 1.0), "inter_token_latency": None}
-    assert scheduling_report.losses([ours, without]) == nothing
+    assert scheduling_report.losses([ours, without], 0.01) == nothing
 
 
 def test_a_request_that_is_lost_stops_the_benchmark() -> None:
