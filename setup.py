@@ -58,9 +58,13 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    packages=["pagedattn", "pagedattn.kernels", "pagedattn.engine"],
+    packages=["pagedattn", "pagedattn.kernels", "pagedattn.engine", "pagedattn.engine.simulation"],
     package_dir={"pagedattn.kernels": "kernels", "pagedattn.engine": "engine"},
-    package_data={"pagedattn": ["py.typed"], "pagedattn.kernels": ["*.json"], "pagedattn.engine": ["data/*.jsonl"]},
+    package_data={
+        "pagedattn": ["py.typed"],
+        "pagedattn.kernels": ["*.json"],
+        "pagedattn.engine": ["data/*.jsonl", "data/machines/*.json"],
+    },
     include_package_data=False,
     install_requires=[
         "torch>=2.11",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kv_memory
+from benchmarks import kv_memory, scheduling_report
 from benchmarks.attention_systems import OURS
 from benchmarks.engine import table
 from benchmarks.kernel_summary import SECTIONS
@@ -120,8 +120,14 @@ MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "kv-quantization": ("kv-quantization", kv_quantization_block),
     "h100-kernels": ("h100-kernels", kernels_block),
     "h100-kernels-summary": ("h100-kernels", kernels_summary_block),
+    "scheduling": ("scheduling-h100", scheduling_report.summary),
+    "scheduling-h100": ("scheduling-h100", scheduling_report.tables),
+    "scheduling-cpu": ("scheduling-cpu", scheduling_report.tables),
+    "textbook": ("scheduling-h100", scheduling_report.textbook),
+    "simulator-accuracy": ("simulator-accuracy", scheduling_report.accuracy),
+    "simulator-speed": ("simulator-speed", scheduling_report.speed),
 }
-PAGES = ("README.md", "docs/benchmarks.md", "docs/kernel-notes.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/kernel-notes.md", "docs/scheduling.md", "docs/simulator.md")
 
 
 def updated(readme: str, results: Path) -> str:

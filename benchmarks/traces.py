@@ -7,9 +7,11 @@ every output token counts (EOS is ignored).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 MAX_TOTAL = 4096  # the longest prompt + output that any trace may ask for
 
@@ -25,22 +27,25 @@ def make_trace(workload: str, n: int, vocab_size: int, seed: int = 0) -> Trace:
     Token ids are uniform on 0..min(vocab_size, 10000)-1.
     The i-th request does not depend on n: lengths and tokens of request i are drawn in order of i.
     """
+    return [(ids.tolist(), o) for ids, o in itertools.islice(draw_requests(workload, vocab_size, seed), n)]
+
+
+def draw_requests(workload: str, vocab_size: int, seed: int = 0) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """The requests of ``make_trace`` one by one, without end."""
+    if workload not in ("uniform", "exp"):
+        raise ValueError(f"workload={workload!r} is not known: it must be 'uniform' or 'exp'")
     rng = np.random.RandomState(seed)
     hi = min(int(vocab_size), 10000)
-    out = []
-    for _ in range(n):
+    while True:
         if workload == "uniform":
             p = int(rng.randint(100, 1025))
             o = int(rng.randint(100, 1025))
-        elif workload == "exp":
+        else:
             p = int(rng.randint(16, 257))
             o = int(min(max(round(float(rng.exponential(128.0))), 1), 1024))
-        else:
-            raise ValueError(f"workload={workload!r} is not known: it must be 'uniform' or 'exp'")
-        ids = rng.randint(0, hi, size=p).astype(np.int64).tolist()
+        ids = rng.randint(0, hi, size=p).astype(np.int64)
         assert p + o <= MAX_TOTAL
-        out.append((ids, o))
-    return out
+        yield ids, o
 
 
 def digest(trace: Sequence[tuple[Sequence[int], int]]) -> str:

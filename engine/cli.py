@@ -90,6 +90,53 @@ def _add_demo(commands: argparse._SubParsersAction[OneLineParser], parent: OneLi
     parser.set_defaults(max_num_seqs=8, num_blocks=256)
 
 
+def _add_simulate(commands: argparse._SubParsersAction[OneLineParser], parent: OneLineParser) -> None:
+    parser = commands.add_parser(
+        "simulate",
+        parents=[parent],
+        help="batching policies compared on a trace, in simulated time",
+        description="Runs a trace through the engine's scheduler with a model of how long a step takes, for "
+        "every combination of policy, order and load. docs/simulator.md describes traces, machines and figures.",
+    )
+    parser.set_defaults(run="pagedattn.engine.simulation.command:run_simulate")
+    group = parser.add_argument_group("trace")
+    group.add_argument("--trace", metavar="FILE", help="an Azure, BurstGPT or Mooncake trace (default: generate one)")
+    group.add_argument("--workload", default="exp", help="lengths of a generated trace (default: %(default)s)")
+    group.add_argument(
+        "--arrivals", default="poisson", help="at-once, poisson, bursty or on-off (default: %(default)s)"
+    )
+    group.add_argument("--rate", type=float, default=10.0, help="mean arrivals a second (default: %(default)s)")
+    group.add_argument("--burstiness", type=float, default=4.0, help="of bursty and on-off (default: %(default)s)")
+    group.add_argument("--num-requests", type=int, metavar="N", help="so many (default: 1000, or the whole file)")
+    group.add_argument("--seed", type=int, default=0, help="of a generated trace (default: %(default)s)")
+    limit = group.add_mutually_exclusive_group()
+    limit.add_argument("--max-tokens", type=int, metavar="N", help="what each client allows")
+    limit.add_argument("--exact-max-tokens", action="store_true", help="each client allows exactly what it gets")
+    group.add_argument("--load", default="1", help="arrive so many times as fast; several with commas (default: 1)")
+    group = parser.add_argument_group("engines")
+    group.add_argument("--policy", default="default", help="policies, with commas between them (default: %(default)s)")
+    group.add_argument("--order", default="fcfs", help="who joins first, with commas (default: %(default)s)")
+    group.add_argument("--machine", default="h100-8b", help="a name or a JSON file (default: %(default)s)")
+    group.add_argument("--replicas", type=int, default=1, metavar="N", help="engines (default: %(default)s)")
+    group.add_argument(
+        "--router",
+        default="least-loaded",
+        help="round-robin, least-loaded or prefix-affinity (default: %(default)s)",
+    )
+    for name, text in (
+        ("--block-size", "tokens in a KV cache block"),
+        ("--num-blocks", "KV cache blocks of each engine"),
+        ("--max-num-seqs", "sequences in a batch"),
+        ("--max-num-batched-tokens", "tokens in a step"),
+    ):
+        group.add_argument(name, type=int, metavar="N", help=f"{text} (default: the machine's)")
+    group = parser.add_argument_group("results")
+    group.add_argument("--ttft-slo", type=float, default=1.0, metavar="SECONDS", help="goodput: first token in this")
+    group.add_argument("--token-slo", type=float, default=0.05, metavar="SECONDS", help="goodput: a token in this")
+    group.add_argument("--output-dir", metavar="DIR", help="write results.json and pictures there")
+    group.add_argument("--json", action="store_true", help="print the results as JSON on stdout, nothing else there")
+
+
 def _add_info(commands: argparse._SubParsersAction[OneLineParser], parent: OneLineParser) -> None:
     parser = commands.add_parser("info", parents=[parent], help="device, versions, backends, cached models")
     parser.set_defaults(run="pagedattn.engine.commands:run_info")
@@ -115,7 +162,7 @@ def build_parser() -> OneLineParser:
     parser.set_defaults(debug=False)
     parser.add_argument("--version", action="version", version=f"pagedattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
-    for add in (_add_generate, _add_chat, _add_demo, _add_info, _add_models):
+    for add in (_add_generate, _add_chat, _add_demo, _add_simulate, _add_info, _add_models):
         add(commands, parent)
     return parser
 

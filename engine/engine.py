@@ -23,10 +23,8 @@ from pagedattn.engine.batch import BatchTensors, prepare_batch
 from pagedattn.engine.block_manager import BlockManager, BlockTransfers
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.length_predictor import LengthPredictor
-from pagedattn.engine.orders import resolve_order
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
 from pagedattn.engine.outputs import FinishReason, RequestOutput
-from pagedattn.engine.policy import resolve_policy
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, derive_seed, sample
@@ -124,14 +122,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             swap_space=swap_space,
         )
-        self.scheduler = Scheduler(
-            self.block_manager,
-            resolve_policy(config.policy),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            order=resolve_order(config.order),
-            predictor=predictor,
-        )
+        self.scheduler = Scheduler.from_config(config, self.block_manager, predictor)
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._device = torch.device(device)

@@ -109,7 +109,7 @@ class Summary:
     num_steps: int
 
 
-class _Slots:
+class Slots:
     """Gives each sequence a batch slot, the lowest free one, for as long as it is in the batch."""
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ def replay(
     config = engine.config
     answers = [Answer(arrival) for arrival in arrivals]
     run = Replay(policy, config.max_num_seqs, config.block_size, config.num_blocks, answers)
-    slots = _Slots()
+    slots = Slots()
     origin = time.perf_counter()
     num_arrived = 0
     while num_arrived < len(arrivals) or engine.has_unfinished:
@@ -153,7 +153,7 @@ def replay(
     return run
 
 
-def _step(engine: Engine, run: Replay, slots: _Slots, origin: float) -> StepRecord:
+def _step(engine: Engine, run: Replay, slots: Slots, origin: float) -> StepRecord:
     num_generated_before = run.num_generated_tokens
     held = [int(request.request_id) for request in engine.scheduler.lingering]
     start = time.perf_counter() - origin

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pagedattn.engine.block_manager import BlockManager, BlockTransfers, CachedPrefix
+from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredictor
-from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue
-from pagedattn.engine.policy import BatchingPolicy
+from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue, resolve_order
+from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.request import Request
 from pagedattn.engine.waiting_queue import KeyedQueue
@@ -134,6 +135,20 @@ class Scheduler:
         self._step_seconds = 0.0  # of the fastest steps lately
         self._is_closed = False  # after a preemption, until a running request has ended
 
+    @classmethod
+    def from_config(
+        cls, config: EngineConfig, block_manager: BlockManager, predictor: LengthPredictor | None = None
+    ) -> Scheduler:
+        """The scheduler that an engine of ``config`` has."""
+        return cls(
+            block_manager,
+            resolve_policy(config.policy),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            order=resolve_order(config.order),
+            predictor=predictor,
+        )
+
     @property
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
@@ -209,12 +224,15 @@ class Scheduler:
             num_unfilled_slots(request, request.num_computed_tokens + num_planned.get(request, 0))
             for request in self.running
         ]
-        # A padded batch's ended rows use nothing of what they hold.
-        wasted += [len(request.block_ids) * block_size for request in self.lingering]
+        num_wasted = sum(wasted)
+        if self.lingering:  # ended rows use nothing of what they hold, but a running one may share some of it
+            ended = {id_ for request in self.lingering for id_ in request.block_ids}
+            num_wasted += len(ended.difference(*(request.block_ids for request in self.running))) * block_size
+            wasted += [len(request.block_ids) * block_size for request in self.lingering]
         num_used = self.block_manager.num_used
         num_slots = num_used * block_size
         return BlockUsage(
-            self.block_manager.num_blocks, num_used, num_slots, num_slots - sum(wasted), max(wasted, default=0)
+            self.block_manager.num_blocks, num_used, num_slots, num_slots - num_wasted, max(wasted, default=0)
         )
 
     def check_integrity(self) -> None:

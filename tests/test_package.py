@@ -77,13 +77,14 @@ def source_modules() -> set[str]:
             ("kernels", "pagedattn/kernels"),
             ("engine", "pagedattn/engine"),
         )
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
     }
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     data = {"pagedattn/py.typed", "pagedattn/engine/data/demo_prompts.jsonl"}
+    data |= {f"pagedattn/engine/data/machines/{path.name}" for path in (ROOT / "engine/data/machines").glob("*.json")}
     assert data <= names
     assert {name for name in names if name.endswith(".py")} == source_modules()
     assert all(name.startswith("pagedattn/") for name in names)
@@ -162,7 +163,7 @@ def test_everything_in_all_exists() -> None:
 )
 def test_imports_point_one_way(package: str, forbidden: tuple[str, ...]) -> None:
     """engine -> pagedattn.ops -> kernels."""
-    for path in (ROOT / package).glob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 imported = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
