@@ -18,6 +18,7 @@ import torch
 
 from pagedattn.engine.engine import Engine
 from pagedattn.engine.llm import LLM
+from pagedattn.engine.policy import POLICIES
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.weights import LoadedModel, load_model
 
@@ -140,7 +141,9 @@ def test_the_oracle_is_not_a_coin_toss(oracle: dict[str, Any]) -> None:
 
 
 def blocks_for_all(block_size: int) -> int:
-    return sum(-(-(length + NUM_NEW_TOKENS) // block_size) * 2 for length in LENGTHS) + 24
+    """With the default policy's headroom, so that all join at once."""
+    headroom = 2 * len(LENGTHS) * POLICIES["default"].headroom_blocks
+    return sum(-(-(length + NUM_NEW_TOKENS) // block_size) * 2 for length in LENGTHS) + headroom
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [96, 8192], ids=["chunked", "whole"])
