@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tests.device import IS_CUDA
 CPU_ONLY = ("test_attention_reference.py", "test_compile.py")
 
 
+# Shells start background jobs with SIGINT ignored, and that is inherited; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process a core: more threads would only wait for each other
 
