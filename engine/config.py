@@ -15,7 +15,8 @@ class EngineConfig:
     ``max_model_len`` tokens. ``enable_prefix_caching``: requests share the blocks of equal beginnings.
     ``swap_space``: GiB of host memory for the blocks of preempted requests. ``policy``: a row of ``POLICIES`` by name,
     or a ``BatchingPolicy``. ``order``: who joins first, a row of ``ORDERS`` by name, or a ``QueueOrder``. ``seed`` is
-    where requests without one get theirs from.
+    where requests without one get theirs from. ``max_waiting_requests``, ``max_waiting_tokens``: at most so many
+    sequences, and tokens of them, wait for a place (docs/operation.md); None is no bound.
     """
 
     num_blocks: int
@@ -28,6 +29,8 @@ class EngineConfig:
     policy: str | BatchingPolicy = "default"
     order: str | QueueOrder = "fcfs"
     seed: int = 0
+    max_waiting_requests: int | None = None
+    max_waiting_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -40,5 +43,9 @@ class EngineConfig:
             raise ValueError(f"swap_space={self.swap_space!r} is not allowed: it must be a finite number of GiB >= 0")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} is not allowed: it must be an int")
+        for name in ("max_waiting_requests", "max_waiting_tokens"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} is not allowed: it must be an int >= 1 or None")
         resolve_policy(self.policy)
         resolve_order(self.order)

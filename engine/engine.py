@@ -26,6 +26,7 @@ from pagedattn.engine.length_predictor import LengthPredictor
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
 from pagedattn.engine.outputs import FinishReason, RequestOutput
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
+from pagedattn.engine.queue_bound import QueueBound, QueueSize
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, derive_seed, sample
 from pagedattn.engine.sampling_params import SamplingParams
@@ -131,6 +132,7 @@ class Engine:
         self._request_counter = itertools.count()
         self._request_names = map(str, itertools.count())
         self._recorder = StatsRecorder()
+        self._queue_bound = QueueBound(config.max_waiting_requests, config.max_waiting_tokens)
         # Not reentrant: a generator that is finalized in the middle of a step aborts its requests from within it.
         self._lock = threading.Lock()
         self._requested_aborts: deque[str] = deque()
@@ -152,7 +154,7 @@ class Engine:
         """Queue a request and return its id. ``arrival_time``: seconds of ``clock``, None = now.
 
         Raises ValueError for a bad prompt or an id in use, TypeError for bad parameters, RequestRejectedError (a
-        ValueError) when the request can never fit.
+        ValueError) when the request can never fit, QueueFullError when too many wait.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
@@ -169,12 +171,16 @@ class Engine:
         max_num_tokens = self._max_num_tokens(len(tokenized.token_ids), params)
         if params.n > self.config.max_num_seqs:
             raise RequestRejectedError(f"n={params.n} is not allowed: at most max_num_seqs={self.config.max_num_seqs}")
+        size = QueueSize(params.n, params.n * len(tokenized.token_ids))
         with self._lock:
+            if request_id is not None and self._is_in_use(request_id, params.n):
+                raise ValueError(f"request_id={request_id!r} is in use by an unfinished request")
+            # Before the request has a number: who is refused must not change the seeds of those to come.
+            if self._queue_bound.is_bounded:
+                self._queue_bound.check(self.clock(), self.scheduler.queue_size, size)
             number = next(self._request_counter)
             if request_id is None:
                 request_id = next(name for name in self._request_names if not self._is_in_use(name, params.n))
-            elif self._is_in_use(request_id, params.n):
-                raise ValueError(f"request_id={request_id!r} is in use by an unfinished request")
             arrival_time = self.clock() if arrival_time is None else arrival_time
             seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
             sequences = [
@@ -192,6 +198,7 @@ class Engine:
                 for index in range(params.n)
             ]
             self._add_sequences(request_id, sequences, tokenized)
+            self._queue_bound.accept(size)
         return request_id
 
     def _is_in_use(self, request_id: str, num_sequences: int) -> bool:
@@ -237,6 +244,8 @@ class Engine:
     def _step(self) -> StepResult:
         now = self.clock()
         plan = self.scheduler.schedule(now)
+        if self._queue_bound.is_bounded:
+            self._queue_bound.observe(now, self.scheduler.queue_size)
         dropped = dict.fromkeys(self._drop(request, now) for request in plan.dropped)
         outputs = [group.build() for group in dropped]
         if not plan.scheduled:  # whoever was left has been dropped

@@ -22,6 +22,7 @@ from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredict
 from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 from pagedattn.engine.prefix_tree import NO_BLOCK
+from pagedattn.engine.queue_bound import QueueSize
 from pagedattn.engine.request import Request
 from pagedattn.engine.waiting_queue import KeyedQueue
 
@@ -122,6 +123,7 @@ class Scheduler:
         self.predictor = MeanLengthPredictor() if predictor is None else predictor
         self.waiting = make_queue(order, self.predictor)
         self.running: list[Request] = []  # in the order they started
+        self.num_waiting_tokens = 0
         self.lingering: list[Request] = []  # finished; padded rows of a batch that still runs, blocks held
         self.prefix_cache_queries = 0  # prompt tokens of requests when they joined for the first time
         self.prefix_cache_hits = 0  # those of them that were not computed
@@ -153,6 +155,10 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def queue_size(self) -> QueueSize:
+        return QueueSize(len(self.waiting), self.num_waiting_tokens)
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestRejectedError when all blocks together could not hold it."""
         if self._peak_blocks(request.max_cached_tokens) > self.block_manager.num_blocks:
@@ -163,6 +169,7 @@ class Scheduler:
             )
         self._number(request)
         self.waiting.add(request)
+        self.num_waiting_tokens += request.num_tokens
         self.block_manager.expect(request)
         if request.next_deadline is not None:
             self._deadlines.add(request)
@@ -205,6 +212,7 @@ class Scheduler:
             self.predictor.observe(request)
         self._deadlines.remove(request)
         if self.waiting.remove(request):
+            self.num_waiting_tokens -= request.num_tokens
             self.block_manager.free(request)
             return
         self.running.remove(request)
@@ -243,6 +251,8 @@ class Scheduler:
         assert len(self.running) <= self.max_num_seqs, f"{len(self.running)} running, at most {self.max_num_seqs}"
         waiting = list(self.waiting)
         assert len(waiting) == len(self.waiting), f"{len(self.waiting)} said to wait, {len(waiting)} do"
+        num_tokens = sum(request.num_tokens for request in waiting)
+        assert num_tokens == self.num_waiting_tokens, f"{self.num_waiting_tokens} tokens said to wait, {num_tokens} do"
         assert not set(waiting) & set(self.running), "a request waits and runs"
         for request in waiting:
             assert not request.block_ids, f"{request} waits and holds blocks"
@@ -365,6 +375,7 @@ class Scheduler:
             victim.queue_time = step.now
             self._number(victim)
         self.waiting.put_back(victim)
+        self.num_waiting_tokens += victim.num_tokens
         self.block_manager.expect(victim)
         self._is_closed = self.policy.join_after_preemption == "when_one_ended"
 
@@ -484,6 +495,7 @@ class Scheduler:
         return min(num_tokens, self.max_num_batched_tokens) if self.policy.takes_blocks_stepwise else num_tokens
 
     def _join(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
+        self.num_waiting_tokens -= request.num_tokens
         self.running.append(request)
         step.joined.append(request)
         self._give_tokens(request, num_tokens, step)
@@ -496,6 +508,7 @@ class Scheduler:
         self._release(request)
         self.waiting.withdrawn(request)
         self.waiting.put_back(request)
+        self.num_waiting_tokens += request.num_tokens
         self.block_manager.expect(request)
 
     def _number(self, request: Request) -> None:

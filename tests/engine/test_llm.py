@@ -172,6 +172,19 @@ def test_a_deadline_that_can_not_be_met_has_an_end_of_its_own(loaded: LoadedMode
     llm.engine.check_integrity()
 
 
+def test_a_bounded_queue_holds_prompts_back_and_loses_none(llm: LLM, loaded: LoadedModel) -> None:
+    prompts = [f"prompt {index}" for index in range(12)]
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    bounded = LLM(loaded, num_blocks=64, max_num_seqs=2, max_waiting_requests=3)
+    assert token_ids(bounded.generate(prompts, params)) == token_ids(llm.generate(prompts, params))
+    one, other = bounded.stream(prompts[:6], params), bounded.stream(prompts[6:], params)
+    next(one)
+    assert bounded.engine.stats().num_waiting <= 3
+    finished = [output for output in other if output.finished]
+    finished += [output for output in one if output.finished]
+    assert len(finished) == 12
+
+
 def test_bad_scheduling_params(llm: LLM) -> None:
     with pytest.raises(ValueError, match="priority has 1 entries: it must have one for each of the 2 prompts"):
         llm.generate(["a", "b"], priority=[1])
