@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from pagedattn.engine.monitor import AlertRule
 from pagedattn.engine.orders import QueueOrder, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 
@@ -16,7 +18,8 @@ class EngineConfig:
     ``swap_space``: GiB of host memory for the blocks of preempted requests. ``policy``: a row of ``POLICIES`` by name,
     or a ``BatchingPolicy``. ``order``: who joins first, a row of ``ORDERS`` by name, or a ``QueueOrder``. ``seed`` is
     where requests without one get theirs from. ``max_waiting_requests``, ``max_waiting_tokens``: at most so many
-    sequences, and tokens of them, wait for a place (docs/operation.md); None is no bound.
+    sequences, and tokens of them, wait for a place (docs/operation.md); None is no bound. ``log_interval``: seconds
+    between two lines of the log, None for none. ``alerts``: what is looked at every ``check_interval`` seconds.
     """
 
     num_blocks: int
@@ -31,6 +34,9 @@ class EngineConfig:
     seed: int = 0
     max_waiting_requests: int | None = None
     max_waiting_tokens: int | None = None
+    log_interval: float | None = None
+    check_interval: float = 1.0
+    alerts: tuple[AlertRule, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -47,5 +53,15 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} is not allowed: it must be an int >= 1 or None")
+        for name, is_optional in (("log_interval", True), ("check_interval", False)):
+            value = getattr(self, name)
+            if value is None and is_optional:
+                continue
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not (math.isfinite(value) and value > 0):
+                allowed = "a finite number of seconds > 0" + (" or None" if is_optional else "")
+                raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+        if not isinstance(self.alerts, tuple) or not all(isinstance(rule, AlertRule) for rule in self.alerts):
+            raise ValueError(f"alerts={self.alerts!r} is not allowed: it must be a tuple of AlertRule")
         resolve_policy(self.policy)
         resolve_order(self.order)

@@ -23,6 +23,7 @@ from pagedattn.engine.batch import BatchTensors, prepare_batch
 from pagedattn.engine.block_manager import BlockManager, BlockTransfers
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.length_predictor import LengthPredictor
+from pagedattn.engine.monitor import Alert, Monitor, notify
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
 from pagedattn.engine.outputs import FinishReason, RequestOutput
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
@@ -32,7 +33,7 @@ from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, derive_seed
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
 from pagedattn.engine.scheduling_params import SchedulingParams
-from pagedattn.engine.stats import Distribution, EngineStats, StatsRecorder
+from pagedattn.engine.stats import EngineStats, StatsRecorder
 from pagedattn.engine.swap_space import SwapSpace
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ class Engine:
 
     ``eos_token_ids`` end a request unless its parameters ignore them; None takes the tokenizer's. ``clock`` gives
     seconds. ``predictor`` guesses output lengths for the order "sjf"; None takes one that learns means. ``swap_space``:
-    the cache's host blocks, None when it has none.
+    the cache's host blocks, None when it has none. ``on_alert`` is called when one of ``config.alerts`` begins or ends,
+    by the thread that drives ``step``, at its end.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         predictor: LengthPredictor | None = None,
         swap_space: SwapSpace | None = None,
+        on_alert: Callable[[Alert], None] | None = None,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
@@ -137,6 +140,16 @@ class Engine:
         self._lock = threading.Lock()
         self._requested_aborts: deque[str] = deque()
         self._aborted_outputs: list[RequestOutput] = []
+        self._on_alert = on_alert
+        self._monitor: Monitor | None = None
+        if config.log_interval is not None or config.alerts:
+            self._monitor = Monitor(
+                clock(),
+                self.stats(),
+                log_interval=config.log_interval,
+                check_interval=config.check_interval,
+                alerts=config.alerts,
+            )
 
     @property
     def has_unfinished(self) -> bool:
@@ -238,7 +251,15 @@ class Engine:
             self._aborted_outputs.clear()
             if not self.has_unfinished:
                 self.check_integrity()
-            return result
+            alerts = self._observe() if self._monitor is not None else []
+        notify(alerts, self._on_alert)  # without the lock, so that a callback may add and abort requests
+        return result
+
+    def _observe(self) -> list[Alert]:
+        assert self._monitor is not None, "nothing is to be observed"
+        now = self.clock()
+        self._monitor.log_if_due(now, self.stats)
+        return self._monitor.check_if_due(now, self.stats)
 
     @torch.inference_mode()
     def _step(self) -> StepResult:
@@ -402,12 +423,13 @@ class Engine:
             return max_model_len
         return min(num_prompt_tokens + params.max_tokens, max_model_len)
 
-    def stats(self) -> EngineStats:
-        """A snapshot; between two steps it is exact."""
+    def stats(self, since: EngineStats | None = None) -> EngineStats:
+        """A snapshot; exact between two steps. With ``since`` its distributions cover what came after that one."""
         recorder, usage = self._recorder, self.scheduler.block_usage()
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
+            num_waiting_tokens=self.scheduler.num_waiting_tokens,
             num_blocks=usage.num_blocks,
             num_used_blocks=usage.num_used_blocks,
             num_allocated_slots=usage.num_allocated_slots,
@@ -423,12 +445,16 @@ class Engine:
             num_failed=recorder.num_failed,
             num_aborted=recorder.num_aborted,
             num_dropped=recorder.num_dropped,
+            num_first_tokens=recorder.ttfts.count,
+            num_inter_token_latencies=recorder.inter_token_latencies.count,
             num_swaps=self.block_manager.num_swapped_out,
             prefix_cache_queries=self.scheduler.prefix_cache_queries,
             prefix_cache_hits=self.scheduler.prefix_cache_hits,
-            ttft=Distribution.of(list(recorder.ttfts)),
-            latency=Distribution.of(list(recorder.latencies)),
-            inter_token_latency=Distribution.of(list(recorder.inter_token_latencies)),
+            ttft=recorder.ttfts.distribution(since.num_first_tokens if since else 0),
+            latency=recorder.latencies.distribution(since.num_finished if since else 0),
+            inter_token_latency=recorder.inter_token_latencies.distribution(
+                since.num_inter_token_latencies if since else 0
+            ),
         )
 
     def check_integrity(self) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.engine import Engine
 from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.layer_groups import group_layers
+from pagedattn.engine.monitor import Alert, AlertRule
 from pagedattn.engine.orders import QueueOrder
 from pagedattn.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
@@ -61,6 +62,9 @@ class LLM:
         seed: where requests without a seed get theirs from.
         max_waiting_requests, max_waiting_tokens: at most so many sequences, and tokens of them, wait in the engine;
             None is no bound. The methods here hold back what finds no room; ``llm.engine.add_request`` refuses it.
+        log_interval: seconds between two lines about the engine in the log "pagedattn"; None writes none.
+        check_interval: seconds between two looks at ``alerts``.
+        alerts: rules about latencies, queue and cache; ``on_alert`` is called when one begins to hold and when it ends.
 
     Raises ValueError for arguments out of range, and what loading the model raises.
     """
@@ -84,6 +88,10 @@ class LLM:
         seed: int = 0,
         max_waiting_requests: int | None = None,
         max_waiting_tokens: int | None = None,
+        log_interval: float | None = None,
+        check_interval: float = 1.0,
+        alerts: Sequence[AlertRule] = (),
+        on_alert: Callable[[Alert], None] | None = None,
     ) -> None:
         if not isinstance(gpu_memory_utilization, int | float) or not 0.0 < gpu_memory_utilization <= 1.0:
             raise ValueError(
@@ -103,6 +111,9 @@ class LLM:
             seed=seed,
             max_waiting_requests=max_waiting_requests,
             max_waiting_tokens=max_waiting_tokens,
+            log_interval=log_interval,
+            check_interval=check_interval,
+            alerts=tuple(alerts),
         )
         loaded = model if isinstance(model, LoadedModel) else _load(model, dtype, device, max_model_len)
         self.model_config = loaded.config
@@ -150,6 +161,7 @@ class LLM:
             eos_token_ids=loaded.config.eos_token_ids,
             device=self.device,
             swap_space=SwapSpace(num_host_blocks, costs),
+            on_alert=on_alert,
         )
         self._lock = threading.Lock()
         self._inboxes: dict[str, deque[RequestOutput]] = {}

@@ -37,11 +37,13 @@ class EngineStats:
     """A snapshot between two steps.
 
     A slot holds one token's keys and values; "filled" slots hold a token of an unfinished request, the rest of the
-    allocated ones are wasted. Distributions cover the latest requests and tokens; None before the first.
+    allocated ones are wasted. Distributions cover the latest requests and tokens, or those since an earlier snapshot;
+    None when there are none.
     """
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int  # of them: prompts, and what preempted ones had generated
     num_blocks: int
     num_used_blocks: int
     num_allocated_slots: int
@@ -57,6 +59,8 @@ class EngineStats:
     num_failed: int
     num_aborted: int
     num_dropped: int  # could not meet their deadline
+    num_first_tokens: int  # requests that got one
+    num_inter_token_latencies: int
     num_swaps: int  # preemptions that kept a request's tokens in host memory
     prefix_cache_queries: int  # prompt tokens of sequences that started
     prefix_cache_hits: int  # those of them that were in the cache
@@ -75,6 +79,23 @@ class EngineStats:
         return self.num_filled_slots / self.num_allocated_slots if self.num_allocated_slots else None
 
 
+class Durations:
+    """The latest ones in seconds, and how many there ever were."""
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque(maxlen=WINDOW)
+        self.count = 0
+
+    def append(self, seconds: float) -> None:
+        self._latest.append(seconds)
+        self.count += 1
+
+    def distribution(self, num_before: int = 0) -> Distribution | None:
+        """Of all but the first ``num_before``, as far as they are kept."""
+        latest = self._latest
+        return Distribution.of(list(latest)[max(len(latest) - (self.count - num_before), 0) :])
+
+
 class StatsRecorder:
     """The counters that no other object holds."""
 
@@ -89,6 +110,6 @@ class StatsRecorder:
         self.num_failed = 0
         self.num_aborted = 0
         self.num_dropped = 0
-        self.ttfts: deque[float] = deque(maxlen=WINDOW)
-        self.latencies: deque[float] = deque(maxlen=WINDOW)
-        self.inter_token_latencies: deque[float] = deque(maxlen=WINDOW)
+        self.ttfts = Durations()
+        self.latencies = Durations()  # one for each of num_finished
+        self.inter_token_latencies = Durations()
