@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pagedattn.engine.degradation import Rung, SmallerChunks
 from pagedattn.engine.monitor import AlertRule
 from pagedattn.engine.orders import QueueOrder, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
@@ -20,6 +21,7 @@ class EngineConfig:
     where requests without one get theirs from. ``max_waiting_requests``, ``max_waiting_tokens``: at most so many
     sequences, and tokens of them, wait for a place (docs/operation.md); None is no bound. ``log_interval``: seconds
     between two lines of the log, None for none. ``alerts``: what is looked at every ``check_interval`` seconds.
+    ``degradation``: what is given up under pressure, the first rung first.
     """
 
     num_blocks: int
@@ -37,6 +39,7 @@ class EngineConfig:
     log_interval: float | None = None
     check_interval: float = 1.0
     alerts: tuple[AlertRule, ...] = ()
+    degradation: tuple[Rung, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -63,5 +66,14 @@ class EngineConfig:
                 raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
         if not isinstance(self.alerts, tuple) or not all(isinstance(rule, AlertRule) for rule in self.alerts):
             raise ValueError(f"alerts={self.alerts!r} is not allowed: it must be a tuple of AlertRule")
-        resolve_policy(self.policy)
         resolve_order(self.order)
+        self._check_degradation(resolve_policy(self.policy))
+
+    def _check_degradation(self, policy: BatchingPolicy) -> None:
+        if not isinstance(self.degradation, tuple) or not all(isinstance(rung, Rung) for rung in self.degradation):
+            raise ValueError(f"degradation={self.degradation!r} is not allowed: it must be a tuple of Rung")
+        names = [rung.name for rung in self.degradation]
+        if len(set(names)) < len(names):
+            raise ValueError(f"degradation has the names {names}: each must be there once")
+        if policy.is_whole and any(isinstance(rung.action, SmallerChunks) for rung in self.degradation):
+            raise ValueError(f"SmallerChunks is not allowed with policy={self.policy!r}, which does not cut prompts")

@@ -22,6 +22,7 @@ from torch import Tensor
 from pagedattn.engine.batch import BatchTensors, prepare_batch
 from pagedattn.engine.block_manager import BlockManager, BlockTransfers
 from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.degradation import Ladder
 from pagedattn.engine.length_predictor import LengthPredictor
 from pagedattn.engine.monitor import Alert, Monitor, notify
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
@@ -141,13 +142,15 @@ class Engine:
         self._requested_aborts: deque[str] = deque()
         self._aborted_outputs: list[RequestOutput] = []
         self._on_alert = on_alert
+        self._ladder = Ladder(config.degradation)
         self._monitor: Monitor | None = None
-        if config.log_interval is not None or config.alerts:
+        is_checked = bool(config.alerts or config.degradation)
+        if config.log_interval is not None or is_checked:
             self._monitor = Monitor(
                 clock(),
                 self.stats(),
                 log_interval=config.log_interval,
-                check_interval=config.check_interval,
+                check_interval=config.check_interval if is_checked else None,
                 alerts=config.alerts,
             )
 
@@ -249,17 +252,33 @@ class Engine:
             self._apply_aborts()
             result.outputs.extend(self._aborted_outputs)
             self._aborted_outputs.clear()
+            alerts = self._observe(result) if self._monitor is not None else []
             if not self.has_unfinished:
                 self.check_integrity()
-            alerts = self._observe() if self._monitor is not None else []
         notify(alerts, self._on_alert)  # without the lock, so that a callback may add and abort requests
         return result
 
-    def _observe(self) -> list[Alert]:
+    def _observe(self, result: StepResult) -> list[Alert]:
         assert self._monitor is not None, "nothing is to be observed"
         now = self.clock()
         self._monitor.log_if_due(now, self.stats)
-        return self._monitor.check_if_due(now, self.stats)
+        interval = self._monitor.measure_if_due(now, self.stats)
+        if interval is None:
+            return []
+        if self._ladder.update(now, interval.value):
+            logger.warning("degradation: the engine is in the state %r now", self._ladder.state)
+            self.scheduler.prompt_share = self._ladder.prompt_share
+        if self._ladder.protected_priority is not None:
+            shed = self.scheduler.lowest_tier(self._ladder.protected_priority)
+            groups = dict.fromkeys(self._shed(request, now) for request in shed)
+            result.outputs.extend(group.build() for group in groups)
+        return self._monitor.alerts_of(now, interval)
+
+    def _shed(self, request: Request, now: float) -> OutputGroup:
+        builder = self._builders[request.request_id]
+        message = f"shed under pressure: priority {request.scheduling.priority} was the lowest that waited"
+        self._end(builder, "shed", now, message)
+        return builder.group
 
     @torch.inference_mode()
     def _step(self) -> StepResult:
@@ -367,6 +386,8 @@ class Engine:
             recorder.num_aborted += 1
         elif "deadline" in reasons:
             recorder.num_dropped += 1
+        elif "shed" in reasons:
+            recorder.num_shed += 1
         else:
             recorder.num_finished += 1
             recorder.latencies.append(now - request.arrival_time)
@@ -445,11 +466,14 @@ class Engine:
             num_failed=recorder.num_failed,
             num_aborted=recorder.num_aborted,
             num_dropped=recorder.num_dropped,
+            num_shed=recorder.num_shed,
             num_first_tokens=recorder.ttfts.count,
             num_inter_token_latencies=recorder.inter_token_latencies.count,
             num_swaps=self.block_manager.num_swapped_out,
             prefix_cache_queries=self.scheduler.prefix_cache_queries,
             prefix_cache_hits=self.scheduler.prefix_cache_hits,
+            degradation=self._ladder.state,
+            num_degradation_changes=self._ladder.num_changes,
             ttft=recorder.ttfts.distribution(since.num_first_tokens if since else 0),
             latency=recorder.latencies.distribution(since.num_finished if since else 0),
             inter_token_latency=recorder.inter_token_latencies.distribution(

@@ -15,6 +15,7 @@ import torch
 from pagedattn.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from pagedattn.engine.cache_size import default_num_blocks, longest_sequence
 from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.degradation import Rung
 from pagedattn.engine.engine import Engine
 from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.layer_groups import group_layers
@@ -63,8 +64,9 @@ class LLM:
         max_waiting_requests, max_waiting_tokens: at most so many sequences, and tokens of them, wait in the engine;
             None is no bound. The methods here hold back what finds no room; ``llm.engine.add_request`` refuses it.
         log_interval: seconds between two lines about the engine in the log "pagedattn"; None writes none.
-        check_interval: seconds between two looks at ``alerts``.
+        check_interval: seconds between two looks at ``alerts`` and ``degradation``.
         alerts: rules about latencies, queue and cache; ``on_alert`` is called when one begins to hold and when it ends.
+        degradation: what is given up under pressure, the first rung first.
 
     Raises ValueError for arguments out of range, and what loading the model raises.
     """
@@ -92,6 +94,7 @@ class LLM:
         check_interval: float = 1.0,
         alerts: Sequence[AlertRule] = (),
         on_alert: Callable[[Alert], None] | None = None,
+        degradation: Sequence[Rung] = (),
     ) -> None:
         if not isinstance(gpu_memory_utilization, int | float) or not 0.0 < gpu_memory_utilization <= 1.0:
             raise ValueError(
@@ -114,6 +117,7 @@ class LLM:
             log_interval=log_interval,
             check_interval=check_interval,
             alerts=tuple(alerts),
+            degradation=tuple(degradation),
         )
         loaded = model if isinstance(model, LoadedModel) else _load(model, dtype, device, max_model_len)
         self.model_config = loaded.config
@@ -180,9 +184,10 @@ class LLM:
         A prompt is a string, a list of token ids or ``{"prompt_token_ids": [...]}``; ``sampling_params`` is one for all
         or a list with one for each, and so are ``scheduling_params``. ``priority`` has one int for each prompt: lower
         is earlier, under an order that heeds it. A request that fails or can not fit has ``error`` set and
-        finish_reason "error", or "deadline" when it could not meet its own; the others go on. Raises ValueError, before
-        any work, for a prompt that is empty, of the wrong type or has ids out of the vocabulary. Shows progress on
-        stderr when it takes longer than two seconds, where tqdm is installed.
+        finish_reason "error", or "deadline" when it could not meet its own, or "shed" when it was dropped under
+        pressure; the others go on. Raises ValueError, before any work, for a prompt that is empty, of the wrong type or
+        has ids out of the vocabulary. Shows progress on stderr when it takes longer than two seconds, where tqdm is
+        installed.
         """
         return self._generate(self._prepare(prompts, sampling_params, priority, scheduling_params), use_tqdm)
 

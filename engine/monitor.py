@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pagedattn.engine.stats import Distribution, EngineStats
+from pagedattn.engine.stats import NORMAL, Distribution, EngineStats
 
 logger = logging.getLogger("pagedattn")
 
@@ -91,6 +91,7 @@ class IntervalStats:
         after = self.after
         slots = "-" if after.kv_utilization is None else f"{after.kv_utilization:.1%}"
         hits = "-" if self.prefix_cache_hit_rate is None else f"{self.prefix_cache_hit_rate:.1%}"
+        state = "" if after.degradation == NORMAL else f"; degraded: {after.degradation}"
         return (
             f"{self.seconds:.1f} s: {after.num_running} running, {after.num_waiting} waiting "
             f"({after.num_waiting_tokens} tokens); "
@@ -98,7 +99,7 @@ class IntervalStats:
             f"tokens/s {self.prompt_tokens_per_second:.1f} prompt, {self.generated_tokens_per_second:.1f} generated; "
             f"p50/p95/p99 ms of TTFT {_milliseconds(after.ttft)}, "
             f"inter-token {_milliseconds(after.inter_token_latency)}, total {_milliseconds(after.latency)}; "
-            f"{self.num_preemptions} preemptions; prefix-cache hits {hits}"
+            f"{self.num_preemptions} preemptions; prefix-cache hits {hits}{state}"
         )
 
 
@@ -203,7 +204,7 @@ class _Interval:
 
 
 class Monitor:
-    """Writes a line every ``log_interval`` seconds (None is never), looks at ``alerts`` every ``check_interval``."""
+    """Writes a line every ``log_interval`` seconds and measures every ``check_interval``; None is never."""
 
     def __init__(
         self,
@@ -211,11 +212,11 @@ class Monitor:
         stats: EngineStats,
         *,
         log_interval: float | None,
-        check_interval: float,
+        check_interval: float | None,
         alerts: tuple[AlertRule, ...],
     ) -> None:
         self._log = _Interval(log_interval, now, stats)
-        self._check = _Interval(check_interval if alerts else None, now, stats)
+        self._check = _Interval(check_interval, now, stats)
         self._alerts = [(rule, Latch(rule.condition)) for rule in alerts]
 
     def log_if_due(self, now: float, snapshot: Snapshot) -> IntervalStats | None:
@@ -227,11 +228,12 @@ class Monitor:
             logger.info("%s", interval)
         return interval
 
-    def check_if_due(self, now: float, snapshot: Snapshot) -> list[Alert]:
-        """The alerts that begin or end now, in the order of the rules."""
-        if now < self._check.due:
-            return []
-        interval = self._check.close(now, snapshot)
+    def measure_if_due(self, now: float, snapshot: Snapshot) -> IntervalStats | None:
+        """What the interval had that is over now, None within one."""
+        return self._check.close(now, snapshot) if now >= self._check.due else None
+
+    def alerts_of(self, now: float, interval: IntervalStats) -> list[Alert]:
+        """The alerts that begin or end with this interval, in the order of the rules."""
         changed = []
         for rule, latch in self._alerts:
             value = interval.value(rule.condition.metric)

@@ -124,6 +124,7 @@ class Scheduler:
         self.waiting = make_queue(order, self.predictor)
         self.running: list[Request] = []  # in the order they started
         self.num_waiting_tokens = 0
+        self.prompt_share = 1.0  # of a step's tokens: prompts get no more, decodes what they need
         self.lingering: list[Request] = []  # finished; padded rows of a batch that still runs, blocks held
         self.prefix_cache_queries = 0  # prompt tokens of requests when they joined for the first time
         self.prefix_cache_hits = 0  # those of them that were not computed
@@ -178,7 +179,7 @@ class Scheduler:
         """Choose the tokens of the next step and take the blocks for them. ``now``: seconds, on any clock."""
         is_tight = self.block_manager.num_free < self._num_watermark_blocks
         may_prefill = not (is_tight and self.policy.watermark_gates == "prefills")
-        step = _StepInTheMaking(now, self.max_num_batched_tokens, may_prefill)
+        step = _StepInTheMaking(now, self._step_tokens(), may_prefill)
         self._note_step_time(now)
         self._drop_late(step)
         if self.policy.order == "waiting_first":
@@ -224,6 +225,17 @@ class Scheduler:
             self.block_manager.free(leaving)
         self.lingering.clear()
 
+    def lowest_tier(self, protected_priority: int) -> list[Request]:
+        """Of who waits and never ran, nor did a sibling, those of the highest priority number above this one."""
+        new = [
+            request
+            for request in self.waiting
+            if request.scheduling.priority > protected_priority
+            and all(one.first_scheduled_time is None for one in (request, *request.siblings))
+        ]
+        lowest = max((request.scheduling.priority for request in new), default=protected_priority)
+        return [request for request in new if request.scheduling.priority == lowest]
+
     def block_usage(self, plan: StepPlan | None = None) -> BlockUsage:
         """The blocks now, or with the tokens of ``plan`` in them."""
         block_size, num_unfilled_slots = self.block_manager.block_size, self.block_manager.num_unfilled_slots
@@ -261,6 +273,14 @@ class Scheduler:
             assert request.num_computed_tokens <= num_slots, f"{request} has more tokens than slots"
 
     # What a request gets in a step
+
+    def _step_tokens(self) -> int:
+        """The step's budget. A prompt always finds a chunk in it, even where its share is less than one."""
+        if self.prompt_share == 1.0:
+            return self.max_num_batched_tokens
+        num_decodes = sum(request.num_uncomputed_tokens == 1 for request in self.running)
+        num_prompt_tokens = max(int(self.prompt_share * self.max_num_batched_tokens), self._chunk_unit)
+        return min(num_decodes + num_prompt_tokens, self.max_num_batched_tokens)
 
     def _num_step_tokens(self, request: Request, step: _StepInTheMaking) -> int:
         """How many of its uncomputed tokens; 0 when the budget has none for it."""

@@ -10,6 +10,8 @@ import numpy as np
 
 # Percentiles are over this many latest values, so that a server's memory stays bounded.
 WINDOW = 16_384
+# The state of an engine that gives up nothing (degradation.py).
+NORMAL = "normal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,14 @@ class EngineStats:
     num_failed: int
     num_aborted: int
     num_dropped: int  # could not meet their deadline
+    num_shed: int  # dropped under pressure
     num_first_tokens: int  # requests that got one
     num_inter_token_latencies: int
     num_swaps: int  # preemptions that kept a request's tokens in host memory
     prefix_cache_queries: int  # prompt tokens of sequences that started
     prefix_cache_hits: int  # those of them that were in the cache
+    degradation: str  # the rung of the ladder that the engine is on, or "normal"
+    num_degradation_changes: int
     ttft: Distribution | None  # arrival to first token
     latency: Distribution | None  # arrival to the end, of finished requests
     inter_token_latency: Distribution | None  # between two tokens of a request
@@ -110,6 +115,7 @@ class StatsRecorder:
         self.num_failed = 0
         self.num_aborted = 0
         self.num_dropped = 0
+        self.num_shed = 0
         self.ttfts = Durations()
         self.latencies = Durations()  # one for each of num_finished
         self.inter_token_latencies = Durations()

@@ -147,6 +147,26 @@ def fake_engine(
     )
 
 
+class Clock:
+    """A simulated one: each forward pass takes ``step_seconds``, and ``token_seconds`` for each of its tokens."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.step_seconds = 0.1
+        self.token_seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def engine(self, *, block_size: int = 4, **options: Any) -> Engine:
+        """``fake_engine`` on this clock."""
+
+        def pass_time(batch: BatchTensors) -> None:
+            self.now += self.step_seconds + self.token_seconds * len(batch.input_ids)
+
+        return fake_engine(decoder=FakeDecoder(block_size, pass_time), clock=self, block_size=block_size, **options)
+
+
 def run_to_end(engine: Engine, max_steps: int = 10_000) -> dict[str, Any]:
     """The finished outputs by request id, with the integrity checked after every step."""
     finished = {}

@@ -10,28 +10,12 @@ import numpy as np
 import pytest
 
 from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.degradation import Rung, SmallerChunks
 from pagedattn.engine.engine import Engine
 from pagedattn.engine.monitor import Alert, AlertRule, Condition, Latch
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.stats import Durations
-from tests.engine.fake_model import FakeDecoder, fake_engine, run_to_end
-
-
-class Clock:
-    """Each forward pass takes ``step_seconds``."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.step_seconds = 0.1
-
-    def __call__(self) -> float:
-        return self.now
-
-    def engine(self, **options: Any) -> Engine:
-        def pass_time(_: Any) -> None:
-            self.now += self.step_seconds
-
-        return fake_engine(decoder=FakeDecoder(4, pass_time), clock=self, **options)
+from tests.engine.fake_model import Clock, run_to_end
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -70,6 +54,19 @@ def test_a_line_an_interval_each_of_its_own_tokens(caplog: pytest.LogCaptureFixt
     gaps = [match[1] for line in lines(caplog) if (match := re.search(r"inter-token ([\d.]+)/", line))]
     assert len(gaps) == 3
     assert gaps == ["100.0", "200.0", "200.0"], "the first five of 0.05 s are not yet a line"
+
+
+def test_a_line_names_the_state_of_a_degraded_engine(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="pagedattn")
+    rung = Rung("smaller_chunks", Condition("num_waiting", enter=1, leave=0), SmallerChunks())
+    engine = Clock().engine(log_interval=0.25, check_interval=0.05, degradation=(rung,), max_num_seqs=1)
+    for _ in range(2):
+        engine.add_request([98], greedy(4))
+    run_to_end(engine)
+    assert "degradation: the engine is in the state 'smaller_chunks' now" in caplog.messages
+    assert "degradation: the engine is in the state 'normal' now" in caplog.messages
+    degraded = [line.endswith("; degraded: smaller_chunks") for line in lines(caplog) if "running" in line]
+    assert degraded == [True, False]
 
 
 def test_an_idle_engine_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
