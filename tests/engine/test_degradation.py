@@ -59,6 +59,19 @@ def test_a_rung_has_to_be_earned_anew_after_a_change() -> None:
     assert states(Ladder((first, second)), [10] * 7) == ["normal"] * 2 + ["first"] * 3 + ["second"] * 2
 
 
+def test_what_was_pending_before_a_change_is_forgotten() -> None:
+    """The second rung's condition was met for a second when the first one's ended: that second does not count later."""
+    second = Rung("second", Condition("kv_cache_usage", enter=0.9, leave=0.5, hold=2.0), ShedLowest())
+    ladder = Ladder((CHUNKS, second))
+    measured = [(10, 0.0), (10, 1.0), (0, 1.0), (10, 0.0), (10, 1.0), (10, 1.0), (10, 1.0)]
+    seen = []
+    for time, (num_waiting, usage) in enumerate(measured):
+        ladder.update(float(time), {"num_waiting": float(num_waiting), "kv_cache_usage": usage}.get)
+        seen.append(ladder.state)
+    first = CHUNKS.name
+    assert seen == [first, first, "normal", first, first, first, "second"]
+
+
 def test_lower_rungs_go_on_acting() -> None:
     ladder = Ladder((CHUNKS, SHED))
     assert (ladder.prompt_share, ladder.protected_priority) == (1.0, None)

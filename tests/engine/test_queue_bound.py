@@ -93,12 +93,14 @@ def test_a_queue_that_stands_still_says_the_most() -> None:
 
 def test_an_idle_time_does_not_slow_the_rate() -> None:
     bound = QueueBound(50, None)
-    for second in range(1000):
+    bound.accept(QueueSize(1, 10))
+    bound.observe(0.0, QueueSize(1, 10))
+    for second in range(1, 15):
         bound.observe(float(second), QueueSize(0, 0))
     bound.accept(QueueSize(100, 1000))
     for second in range(11):
-        bound.observe(1000.0 + second, QueueSize(100 - 5 * second, 1000))
-    assert refusal(bound, 1010.0, QueueSize(50, 1000)) == pytest.approx(1 / 5)
+        bound.observe(15.0 + second, QueueSize(100 - 5 * second, 1000))
+    assert refusal(bound, 25.0, QueueSize(50, 1000)) == pytest.approx(1 / 5)
 
 
 def fill(engine: Engine, count: int) -> int:
