@@ -22,16 +22,19 @@ from torch import Tensor
 from pagedattn.engine.batch import BatchTensors, prepare_batch
 from pagedattn.engine.block_manager import BlockManager, BlockTransfers
 from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.degradation import Ladder
 from pagedattn.engine.length_predictor import LengthPredictor
+from pagedattn.engine.monitor import Alert, Monitor, notify
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
 from pagedattn.engine.outputs import FinishReason, RequestOutput
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
+from pagedattn.engine.queue_bound import QueueBound, QueueSize
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, derive_seed, sample
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
 from pagedattn.engine.scheduling_params import SchedulingParams
-from pagedattn.engine.stats import Distribution, EngineStats, StatsRecorder
+from pagedattn.engine.stats import EngineStats, StatsRecorder
 from pagedattn.engine.swap_space import SwapSpace
 
 if TYPE_CHECKING:
@@ -93,7 +96,8 @@ class Engine:
 
     ``eos_token_ids`` end a request unless its parameters ignore them; None takes the tokenizer's. ``clock`` gives
     seconds. ``predictor`` guesses output lengths for the order "sjf"; None takes one that learns means. ``swap_space``:
-    the cache's host blocks, None when it has none.
+    the cache's host blocks, None when it has none. ``on_alert`` is called when one of ``config.alerts`` begins or ends,
+    by the thread that drives ``step``, at its end.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         predictor: LengthPredictor | None = None,
         swap_space: SwapSpace | None = None,
+        on_alert: Callable[[Alert], None] | None = None,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
@@ -131,10 +136,23 @@ class Engine:
         self._request_counter = itertools.count()
         self._request_names = map(str, itertools.count())
         self._recorder = StatsRecorder()
+        self._queue_bound = QueueBound(config.max_waiting_requests, config.max_waiting_tokens)
         # Not reentrant: a generator that is finalized in the middle of a step aborts its requests from within it.
         self._lock = threading.Lock()
         self._requested_aborts: deque[str] = deque()
         self._aborted_outputs: list[RequestOutput] = []
+        self._on_alert = on_alert
+        self._ladder = Ladder(config.degradation)
+        self._monitor: Monitor | None = None
+        is_checked = bool(config.alerts or config.degradation)
+        if config.log_interval is not None or is_checked:
+            self._monitor = Monitor(
+                clock(),
+                self.stats(),
+                log_interval=config.log_interval,
+                check_interval=config.check_interval if is_checked else None,
+                alerts=config.alerts,
+            )
 
     @property
     def has_unfinished(self) -> bool:
@@ -152,7 +170,7 @@ class Engine:
         """Queue a request and return its id. ``arrival_time``: seconds of ``clock``, None = now.
 
         Raises ValueError for a bad prompt or an id in use, TypeError for bad parameters, RequestRejectedError (a
-        ValueError) when the request can never fit.
+        ValueError) when the request can never fit, QueueFullError when too many wait.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
@@ -169,12 +187,16 @@ class Engine:
         max_num_tokens = self._max_num_tokens(len(tokenized.token_ids), params)
         if params.n > self.config.max_num_seqs:
             raise RequestRejectedError(f"n={params.n} is not allowed: at most max_num_seqs={self.config.max_num_seqs}")
+        size = QueueSize(params.n, params.n * len(tokenized.token_ids))
         with self._lock:
+            if request_id is not None and self._is_in_use(request_id, params.n):
+                raise ValueError(f"request_id={request_id!r} is in use by an unfinished request")
+            # Before the request has a number: who is refused must not change the seeds of those to come.
+            if self._queue_bound.is_bounded:
+                self._queue_bound.check(self.clock(), self.scheduler.queue_size, size)
             number = next(self._request_counter)
             if request_id is None:
                 request_id = next(name for name in self._request_names if not self._is_in_use(name, params.n))
-            elif self._is_in_use(request_id, params.n):
-                raise ValueError(f"request_id={request_id!r} is in use by an unfinished request")
             arrival_time = self.clock() if arrival_time is None else arrival_time
             seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
             sequences = [
@@ -192,6 +214,7 @@ class Engine:
                 for index in range(params.n)
             ]
             self._add_sequences(request_id, sequences, tokenized)
+            self._queue_bound.accept(size)
         return request_id
 
     def _is_in_use(self, request_id: str, num_sequences: int) -> bool:
@@ -229,14 +252,40 @@ class Engine:
             self._apply_aborts()
             result.outputs.extend(self._aborted_outputs)
             self._aborted_outputs.clear()
+            alerts = self._observe(result) if self._monitor is not None else []
             if not self.has_unfinished:
                 self.check_integrity()
-            return result
+        notify(alerts, self._on_alert)  # without the lock, so that a callback may add and abort requests
+        return result
+
+    def _observe(self, result: StepResult) -> list[Alert]:
+        assert self._monitor is not None, "nothing is to be observed"
+        now = self.clock()
+        self._monitor.log_if_due(now, self.stats)
+        interval = self._monitor.measure_if_due(now, self.stats)
+        if interval is None:
+            return []
+        if self._ladder.update(now, interval.value):
+            logger.warning("degradation: the engine is in the state %r now", self._ladder.state)
+            self.scheduler.prompt_share = self._ladder.prompt_share
+        if self._ladder.protected_priority is not None:
+            shed = self.scheduler.lowest_tier(self._ladder.protected_priority)
+            groups = dict.fromkeys(self._shed(request, now) for request in shed)
+            result.outputs.extend(group.build() for group in groups)
+        return self._monitor.alerts_of(now, interval)
+
+    def _shed(self, request: Request, now: float) -> OutputGroup:
+        builder = self._builders[request.request_id]
+        message = f"shed under pressure: priority {request.scheduling.priority} was the lowest that waited"
+        self._end(builder, "shed", now, message)
+        return builder.group
 
     @torch.inference_mode()
     def _step(self) -> StepResult:
         now = self.clock()
         plan = self.scheduler.schedule(now)
+        if self._queue_bound.is_bounded:
+            self._queue_bound.observe(now, self.scheduler.queue_size)
         dropped = dict.fromkeys(self._drop(request, now) for request in plan.dropped)
         outputs = [group.build() for group in dropped]
         if not plan.scheduled:  # whoever was left has been dropped
@@ -337,6 +386,8 @@ class Engine:
             recorder.num_aborted += 1
         elif "deadline" in reasons:
             recorder.num_dropped += 1
+        elif "shed" in reasons:
+            recorder.num_shed += 1
         else:
             recorder.num_finished += 1
             recorder.latencies.append(now - request.arrival_time)
@@ -393,12 +444,13 @@ class Engine:
             return max_model_len
         return min(num_prompt_tokens + params.max_tokens, max_model_len)
 
-    def stats(self) -> EngineStats:
-        """A snapshot; between two steps it is exact."""
+    def stats(self, since: EngineStats | None = None) -> EngineStats:
+        """A snapshot; exact between two steps. With ``since`` its distributions cover what came after that one."""
         recorder, usage = self._recorder, self.scheduler.block_usage()
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
+            num_waiting_tokens=self.scheduler.num_waiting_tokens,
             num_blocks=usage.num_blocks,
             num_used_blocks=usage.num_used_blocks,
             num_allocated_slots=usage.num_allocated_slots,
@@ -414,12 +466,19 @@ class Engine:
             num_failed=recorder.num_failed,
             num_aborted=recorder.num_aborted,
             num_dropped=recorder.num_dropped,
+            num_shed=recorder.num_shed,
+            num_first_tokens=recorder.ttfts.count,
+            num_inter_token_latencies=recorder.inter_token_latencies.count,
             num_swaps=self.block_manager.num_swapped_out,
             prefix_cache_queries=self.scheduler.prefix_cache_queries,
             prefix_cache_hits=self.scheduler.prefix_cache_hits,
-            ttft=Distribution.of(list(recorder.ttfts)),
-            latency=Distribution.of(list(recorder.latencies)),
-            inter_token_latency=Distribution.of(list(recorder.inter_token_latencies)),
+            degradation=self._ladder.state,
+            num_degradation_changes=self._ladder.num_changes,
+            ttft=recorder.ttfts.distribution(since.num_first_tokens if since else 0),
+            latency=recorder.latencies.distribution(since.num_finished if since else 0),
+            inter_token_latency=recorder.inter_token_latencies.distribution(
+                since.num_inter_token_latencies if since else 0
+            ),
         )
 
     def check_integrity(self) -> None:

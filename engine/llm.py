@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,14 +15,17 @@ import torch
 from pagedattn.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from pagedattn.engine.cache_size import default_num_blocks, longest_sequence
 from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.degradation import Rung
 from pagedattn.engine.engine import Engine
 from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.layer_groups import group_layers
+from pagedattn.engine.monitor import Alert, AlertRule
 from pagedattn.engine.orders import QueueOrder
 from pagedattn.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 from pagedattn.engine.preemption_costs import measure_preemption_costs
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, is_token_ids, tokenize_prompt
+from pagedattn.engine.queue_bound import QueueFullError
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import RequestRejectedError
 from pagedattn.engine.scheduling_params import SchedulingParams
@@ -57,6 +61,12 @@ class LLM:
             is cheaper than computing them again is measured when the engine starts.
         order: who joins a batch first: a row of ``ORDERS`` by name, or a ``QueueOrder``.
         seed: where requests without a seed get theirs from.
+        max_waiting_requests, max_waiting_tokens: at most so many sequences, and tokens of them, wait in the engine;
+            None is no bound. The methods here hold back what finds no room; ``llm.engine.add_request`` refuses it.
+        log_interval: seconds between two lines about the engine in the log "pagedattn"; None writes none.
+        check_interval: seconds between two looks at ``alerts`` and ``degradation``.
+        alerts: rules about latencies, queue and cache; ``on_alert`` is called when one begins to hold and when it ends.
+        degradation: what is given up under pressure, the first rung first.
 
     Raises ValueError for arguments out of range, and what loading the model raises.
     """
@@ -78,13 +88,20 @@ class LLM:
         policy: str | BatchingPolicy = "default",
         order: str | QueueOrder = "fcfs",
         seed: int = 0,
+        max_waiting_requests: int | None = None,
+        max_waiting_tokens: int | None = None,
+        log_interval: float | None = None,
+        check_interval: float = 1.0,
+        alerts: Sequence[AlertRule] = (),
+        on_alert: Callable[[Alert], None] | None = None,
+        degradation: Sequence[Rung] = (),
     ) -> None:
         if not isinstance(gpu_memory_utilization, int | float) or not 0.0 < gpu_memory_utilization <= 1.0:
             raise ValueError(
                 f"gpu_memory_utilization={gpu_memory_utilization!r} is not allowed: it must be a number in (0, 1]"
             )
         # Bad sizes are found before a model is loaded for minutes: None stands for a size that memory decides.
-        EngineConfig(
+        checked = EngineConfig(
             num_blocks=1 if num_blocks is None else num_blocks,
             max_model_len=1 if max_model_len is None else max_model_len,
             block_size=block_size,
@@ -95,6 +112,12 @@ class LLM:
             policy=policy,
             order=order,
             seed=seed,
+            max_waiting_requests=max_waiting_requests,
+            max_waiting_tokens=max_waiting_tokens,
+            log_interval=log_interval,
+            check_interval=check_interval,
+            alerts=tuple(alerts),
+            degradation=tuple(degradation),
         )
         loaded = model if isinstance(model, LoadedModel) else _load(model, dtype, device, max_model_len)
         self.model_config = loaded.config
@@ -123,17 +146,11 @@ class LLM:
                 f"max_model_len={max_model_len} is not allowed: the KV cache holds {fitting} tokens "
                 f"({num_blocks} blocks of {block_size})"
             )
-        config = EngineConfig(
+        config = dataclasses.replace(
+            checked,
             num_blocks=num_blocks,
             max_model_len=fitting if max_model_len is None else max_model_len,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            enable_prefix_caching=enable_prefix_caching,
-            swap_space=swap_space,
-            policy=policy,
-            order=order,
-            seed=seed,
         )
         bytes_per_block = KVCache.bytes_per_block(loaded.config, block_size, loaded.decoder.dtype)
         num_host_blocks = int(swap_space * 2**30) // bytes_per_block
@@ -148,6 +165,7 @@ class LLM:
             eos_token_ids=loaded.config.eos_token_ids,
             device=self.device,
             swap_space=SwapSpace(num_host_blocks, costs),
+            on_alert=on_alert,
         )
         self._lock = threading.Lock()
         self._inboxes: dict[str, deque[RequestOutput]] = {}
@@ -166,9 +184,10 @@ class LLM:
         A prompt is a string, a list of token ids or ``{"prompt_token_ids": [...]}``; ``sampling_params`` is one for all
         or a list with one for each, and so are ``scheduling_params``. ``priority`` has one int for each prompt: lower
         is earlier, under an order that heeds it. A request that fails or can not fit has ``error`` set and
-        finish_reason "error", or "deadline" when it could not meet its own; the others go on. Raises ValueError, before
-        any work, for a prompt that is empty, of the wrong type or has ids out of the vocabulary. Shows progress on
-        stderr when it takes longer than two seconds, where tqdm is installed.
+        finish_reason "error", or "deadline" when it could not meet its own, or "shed" when it was dropped under
+        pressure; the others go on. Raises ValueError, before any work, for a prompt that is empty, of the wrong type or
+        has ids out of the vocabulary. Shows progress on stderr when it takes longer than two seconds, where tqdm is
+        installed.
         """
         return self._generate(self._prepare(prompts, sampling_params, priority, scheduling_params), use_tqdm)
 
@@ -265,17 +284,28 @@ class LLM:
         """The outputs of ``work`` as they come, each with its index; closing it aborts what is unfinished."""
         inbox: deque[RequestOutput] = deque()
         indices: dict[str, int] = {}
+        held_back = deque(enumerate(work))
+        arrival_time = self.engine.clock()  # of all of them: what is held back here waits too
         try:
-            for index, (prompt, sampling, scheduling) in enumerate(work):
-                try:
-                    request_id = self.engine.add_request(prompt, sampling, scheduling_params=scheduling)
-                except RequestRejectedError as error:
-                    yield index, self._rejected(index, prompt, str(error))
+            while held_back or indices:
+                while held_back:
+                    index, (prompt, sampling, scheduling) = held_back[0]
+                    try:
+                        request_id = self.engine.add_request(
+                            prompt, sampling, arrival_time=arrival_time, scheduling_params=scheduling
+                        )
+                    except QueueFullError:
+                        break
+                    except RequestRejectedError as error:
+                        held_back.popleft()
+                        yield index, self._rejected(index, prompt, str(error))
+                        continue
+                    held_back.popleft()
+                    indices[request_id] = index
+                    self._inboxes[request_id] = inbox
+                if not inbox:
+                    self._advance(inbox if indices else None)
                     continue
-                indices[request_id] = index
-                self._inboxes[request_id] = inbox
-            while indices:
-                self._fill(inbox)
                 output = inbox.popleft()
                 index = indices[output.request_id]
                 if output.finished:
@@ -287,17 +317,19 @@ class LLM:
                 self._inboxes.pop(request_id, None)
                 self.engine.abort(request_id)
 
-    def _fill(self, inbox: deque[RequestOutput]) -> None:
-        """Step until ``inbox`` has an output; what comes for other iterators on the same engine goes to theirs."""
-        while not inbox:
-            with self._lock:
-                if inbox:
-                    return
-                for output in self.engine.step().outputs:
-                    if output.request_id in self._inboxes:
-                        self._inboxes[output.request_id].append(output)
-                if not inbox and not self.engine.has_unfinished:
-                    raise RuntimeError("somebody else took this iterator's outputs from llm.engine.step()")
+    def _advance(self, inbox: deque[RequestOutput] | None) -> None:
+        """Step, unless another iterator has just filled ``inbox``; each output goes to its own iterator's.
+
+        None is for an iterator that has nothing in the engine yet.
+        """
+        with self._lock:
+            if inbox:
+                return
+            for output in self.engine.step().outputs:
+                if output.request_id in self._inboxes:
+                    self._inboxes[output.request_id].append(output)
+            if inbox is not None and not inbox and not self.engine.has_unfinished:
+                raise RuntimeError("somebody else took this iterator's outputs from llm.engine.step()")
 
     def _rejected(self, index: int, prompt: TokenizedPrompt, reason: str) -> RequestOutput:
         now = self.engine.clock()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-# "deadline": it could not meet its own, and was dropped
-FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
+# "deadline": it could not meet its own, and was dropped; "shed": dropped under pressure, before it ran
+FinishReason = Literal["stop", "length", "abort", "error", "deadline", "shed"]
 
 
 @dataclass(frozen=True, slots=True)

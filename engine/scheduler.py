@@ -22,6 +22,7 @@ from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredict
 from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 from pagedattn.engine.prefix_tree import NO_BLOCK
+from pagedattn.engine.queue_bound import QueueSize
 from pagedattn.engine.request import Request
 from pagedattn.engine.waiting_queue import KeyedQueue
 
@@ -122,6 +123,8 @@ class Scheduler:
         self.predictor = MeanLengthPredictor() if predictor is None else predictor
         self.waiting = make_queue(order, self.predictor)
         self.running: list[Request] = []  # in the order they started
+        self.num_waiting_tokens = 0
+        self.prompt_share = 1.0  # of a step's tokens: prompts get no more, decodes what they need
         self.lingering: list[Request] = []  # finished; padded rows of a batch that still runs, blocks held
         self.prefix_cache_queries = 0  # prompt tokens of requests when they joined for the first time
         self.prefix_cache_hits = 0  # those of them that were not computed
@@ -153,6 +156,10 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def queue_size(self) -> QueueSize:
+        return QueueSize(len(self.waiting), self.num_waiting_tokens)
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestRejectedError when all blocks together could not hold it."""
         if self._peak_blocks(request.max_cached_tokens) > self.block_manager.num_blocks:
@@ -163,6 +170,7 @@ class Scheduler:
             )
         self._number(request)
         self.waiting.add(request)
+        self.num_waiting_tokens += request.num_tokens
         self.block_manager.expect(request)
         if request.next_deadline is not None:
             self._deadlines.add(request)
@@ -171,7 +179,7 @@ class Scheduler:
         """Choose the tokens of the next step and take the blocks for them. ``now``: seconds, on any clock."""
         is_tight = self.block_manager.num_free < self._num_watermark_blocks
         may_prefill = not (is_tight and self.policy.watermark_gates == "prefills")
-        step = _StepInTheMaking(now, self.max_num_batched_tokens, may_prefill)
+        step = _StepInTheMaking(now, self._step_tokens(), may_prefill)
         self._note_step_time(now)
         self._drop_late(step)
         if self.policy.order == "waiting_first":
@@ -205,6 +213,7 @@ class Scheduler:
             self.predictor.observe(request)
         self._deadlines.remove(request)
         if self.waiting.remove(request):
+            self.num_waiting_tokens -= request.num_tokens
             self.block_manager.free(request)
             return
         self.running.remove(request)
@@ -215,6 +224,17 @@ class Scheduler:
         for leaving in self.lingering:
             self.block_manager.free(leaving)
         self.lingering.clear()
+
+    def lowest_tier(self, protected_priority: int) -> list[Request]:
+        """Of who waits and never ran, nor did a sibling, those of the highest priority number above this one."""
+        new = [
+            request
+            for request in self.waiting
+            if request.scheduling.priority > protected_priority
+            and all(one.first_scheduled_time is None for one in (request, *request.siblings))
+        ]
+        lowest = max((request.scheduling.priority for request in new), default=protected_priority)
+        return [request for request in new if request.scheduling.priority == lowest]
 
     def block_usage(self, plan: StepPlan | None = None) -> BlockUsage:
         """The blocks now, or with the tokens of ``plan`` in them."""
@@ -243,6 +263,8 @@ class Scheduler:
         assert len(self.running) <= self.max_num_seqs, f"{len(self.running)} running, at most {self.max_num_seqs}"
         waiting = list(self.waiting)
         assert len(waiting) == len(self.waiting), f"{len(self.waiting)} said to wait, {len(waiting)} do"
+        num_tokens = sum(request.num_tokens for request in waiting)
+        assert num_tokens == self.num_waiting_tokens, f"{self.num_waiting_tokens} tokens said to wait, {num_tokens} do"
         assert not set(waiting) & set(self.running), "a request waits and runs"
         for request in waiting:
             assert not request.block_ids, f"{request} waits and holds blocks"
@@ -251,6 +273,14 @@ class Scheduler:
             assert request.num_computed_tokens <= num_slots, f"{request} has more tokens than slots"
 
     # What a request gets in a step
+
+    def _step_tokens(self) -> int:
+        """The step's budget. A prompt always finds a chunk in it, even where its share is less than one."""
+        if self.prompt_share == 1.0:
+            return self.max_num_batched_tokens
+        num_decodes = sum(request.num_uncomputed_tokens == 1 for request in self.running)
+        num_prompt_tokens = max(int(self.prompt_share * self.max_num_batched_tokens), self._chunk_unit)
+        return min(num_decodes + num_prompt_tokens, self.max_num_batched_tokens)
 
     def _num_step_tokens(self, request: Request, step: _StepInTheMaking) -> int:
         """How many of its uncomputed tokens; 0 when the budget has none for it."""
@@ -365,6 +395,7 @@ class Scheduler:
             victim.queue_time = step.now
             self._number(victim)
         self.waiting.put_back(victim)
+        self.num_waiting_tokens += victim.num_tokens
         self.block_manager.expect(victim)
         self._is_closed = self.policy.join_after_preemption == "when_one_ended"
 
@@ -484,6 +515,7 @@ class Scheduler:
         return min(num_tokens, self.max_num_batched_tokens) if self.policy.takes_blocks_stepwise else num_tokens
 
     def _join(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
+        self.num_waiting_tokens -= request.num_tokens
         self.running.append(request)
         step.joined.append(request)
         self._give_tokens(request, num_tokens, step)
@@ -496,6 +528,7 @@ class Scheduler:
         self._release(request)
         self.waiting.withdrawn(request)
         self.waiting.put_back(request)
+        self.num_waiting_tokens += request.num_tokens
         self.block_manager.expect(request)
 
     def _number(self, request: Request) -> None:

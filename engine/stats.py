@@ -10,6 +10,8 @@ import numpy as np
 
 # Percentiles are over this many latest values, so that a server's memory stays bounded.
 WINDOW = 16_384
+# The state of an engine that gives up nothing (degradation.py).
+NORMAL = "normal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,13 @@ class EngineStats:
     """A snapshot between two steps.
 
     A slot holds one token's keys and values; "filled" slots hold a token of an unfinished request, the rest of the
-    allocated ones are wasted. Distributions cover the latest requests and tokens; None before the first.
+    allocated ones are wasted. Distributions cover the latest requests and tokens, or those since an earlier snapshot;
+    None when there are none.
     """
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int  # of them: prompts, and what preempted ones had generated
     num_blocks: int
     num_used_blocks: int
     num_allocated_slots: int
@@ -57,9 +61,14 @@ class EngineStats:
     num_failed: int
     num_aborted: int
     num_dropped: int  # could not meet their deadline
+    num_shed: int  # dropped under pressure
+    num_first_tokens: int  # requests that got one
+    num_inter_token_latencies: int
     num_swaps: int  # preemptions that kept a request's tokens in host memory
     prefix_cache_queries: int  # prompt tokens of sequences that started
     prefix_cache_hits: int  # those of them that were in the cache
+    degradation: str  # the rung of the ladder that the engine is on, or "normal"
+    num_degradation_changes: int
     ttft: Distribution | None  # arrival to first token
     latency: Distribution | None  # arrival to the end, of finished requests
     inter_token_latency: Distribution | None  # between two tokens of a request
@@ -73,6 +82,23 @@ class EngineStats:
     def kv_utilization(self) -> float | None:
         """Filled slots of allocated slots, 0 to 1; None when none is allocated."""
         return self.num_filled_slots / self.num_allocated_slots if self.num_allocated_slots else None
+
+
+class Durations:
+    """The latest ones in seconds, and how many there ever were."""
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque(maxlen=WINDOW)
+        self.count = 0
+
+    def append(self, seconds: float) -> None:
+        self._latest.append(seconds)
+        self.count += 1
+
+    def distribution(self, num_before: int = 0) -> Distribution | None:
+        """Of all but the first ``num_before``, as far as they are kept."""
+        latest = self._latest
+        return Distribution.of(list(latest)[max(len(latest) - (self.count - num_before), 0) :])
 
 
 class StatsRecorder:
@@ -89,6 +115,7 @@ class StatsRecorder:
         self.num_failed = 0
         self.num_aborted = 0
         self.num_dropped = 0
-        self.ttfts: deque[float] = deque(maxlen=WINDOW)
-        self.latencies: deque[float] = deque(maxlen=WINDOW)
-        self.inter_token_latencies: deque[float] = deque(maxlen=WINDOW)
+        self.num_shed = 0
+        self.ttfts = Durations()
+        self.latencies = Durations()  # one for each of num_finished
+        self.inter_token_latencies = Durations()

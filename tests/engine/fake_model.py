@@ -6,6 +6,7 @@ So a block that is shared, lost, overwritten or out of order shows in the tokens
 from __future__ import annotations
 
 import codecs
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from pagedattn.engine.batch import BatchTensors
 from pagedattn.engine.block_manager import BlockTransfers
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.engine import Engine
+from pagedattn.engine.monitor import Alert
 from pagedattn.engine.swap_space import SwapSpace
 
 EOS = 256
@@ -117,7 +119,14 @@ class FakeStream:
         return self._decoder.decode(b"", final=True)
 
 
-def fake_engine(*, decoder: Any = None, swap_space: SwapSpace | None = None, **config: Any) -> Engine:
+def fake_engine(
+    *,
+    decoder: Any = None,
+    swap_space: SwapSpace | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    on_alert: Callable[[Alert], None] | None = None,
+    **config: Any,
+) -> Engine:
     """An engine on the fake model; ``config`` are fields of ``EngineConfig``."""
     sizes = EngineConfig(**{"num_blocks": 64, "block_size": 4, "max_model_len": 256, **config})
     if decoder is None:
@@ -126,7 +135,36 @@ def fake_engine(*, decoder: Any = None, swap_space: SwapSpace | None = None, **c
         swap_space = SwapSpace()
     cache = FakeCache(sizes.num_blocks, sizes.block_size, swap_space.num_blocks)
     tokenizer: Any = FakeTokenizer()
-    return Engine(decoder, cache, tokenizer, sizes, vocab_size=VOCAB_SIZE, swap_space=swap_space)
+    return Engine(
+        decoder,
+        cache,
+        tokenizer,
+        sizes,
+        vocab_size=VOCAB_SIZE,
+        swap_space=swap_space,
+        clock=clock,
+        on_alert=on_alert,
+    )
+
+
+class Clock:
+    """A simulated one: each forward pass takes ``step_seconds``, and ``token_seconds`` for each of its tokens."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.step_seconds = 0.1
+        self.token_seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def engine(self, *, block_size: int = 4, **options: Any) -> Engine:
+        """``fake_engine`` on this clock."""
+
+        def pass_time(batch: BatchTensors) -> None:
+            self.now += self.step_seconds + self.token_seconds * len(batch.input_ids)
+
+        return fake_engine(decoder=FakeDecoder(block_size, pass_time), clock=self, block_size=block_size, **options)
 
 
 def run_to_end(engine: Engine, max_steps: int = 10_000) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pagedattn.engine.batch import BatchTensors
+from pagedattn.engine.degradation import Rung, ShedLowest
 from pagedattn.engine.llm import LLM
+from pagedattn.engine.monitor import Alert, AlertRule, Condition
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduling_params import SchedulingParams
 from pagedattn.engine.weights import LoadedModel, load_model
@@ -170,6 +172,38 @@ def test_a_deadline_that_can_not_be_met_has_an_end_of_its_own(loaded: LoadedMode
     assert outputs[1].error.startswith("the deadline can not be met: 0 tokens after")
     assert llm.engine.stats().num_dropped == 1
     llm.engine.check_integrity()
+
+
+def test_a_bounded_queue_holds_prompts_back_and_loses_none(llm: LLM, loaded: LoadedModel) -> None:
+    prompts = [f"prompt {index}" for index in range(12)]
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    bounded = LLM(loaded, num_blocks=64, max_num_seqs=2, max_waiting_requests=3)
+    assert token_ids(bounded.generate(prompts, params)) == token_ids(llm.generate(prompts, params))
+    one, other = bounded.stream(prompts[:6], params), bounded.stream(prompts[6:], params)
+    next(one)
+    assert bounded.engine.stats().num_waiting <= 3
+    finished = [output for output in other if output.finished]
+    finished += [output for output in one if output.finished]
+    assert len(finished) == 12
+
+
+def test_alerts_and_shedding_reach_the_llms_user(loaded: LoadedModel) -> None:
+    condition, told = Condition("num_waiting", enter=1, leave=-1), list[Alert]()
+    llm = LLM(
+        loaded,
+        num_blocks=64,
+        max_num_seqs=1,
+        order="priority",
+        check_interval=1e-6,
+        alerts=[AlertRule("busy", condition)],
+        on_alert=told.append,
+        degradation=[Rung("shed_lowest", condition, ShedLowest())],
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    outputs = llm.generate(["one", "two", "three"], params, priority=[0, 0, 1])
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "length", "shed"]
+    assert outputs[2].error == "shed under pressure: priority 1 was the lowest that waited"
+    assert [alert.rule.name for alert in told] == ["busy"]
 
 
 def test_bad_scheduling_params(llm: LLM) -> None:
