@@ -27,7 +27,7 @@ from torch import Tensor
 from pagedattn.kernels.launcher import ALIGNMENT, Launcher, specialized
 from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.plan import chunk_begin, chunk_of
-from pagedattn.kernels.quantization import scale_mode, token_strides
+from pagedattn.kernels.quantization import TOKEN_SCALE, scale_mode, token_strides
 from pagedattn.kernels.tiling import (
     COARSE_CHUNK,
     COARSE_FROM,
@@ -766,6 +766,7 @@ def prepare_hopper(
         block_size=key_cache.shape[1],
         key_rows=CacheRows.of(key_cache.shape, key_cache.stride(), key_cache.element_size()),
         value_rows=CacheRows.of(value_cache.shape, value_cache.stride(), value_cache.element_size()),
+        has_token_scales=TOKEN_SCALE in (scale_mode(options.k_scale), scale_mode(options.v_scale)),
     )
     if hopper is None:
         return None

@@ -267,6 +267,7 @@ def choose_hopper_decode(
     block_size: int,
     key_rows: CacheRows | None,
     value_rows: CacheRows | None,
+    has_token_scales: bool = False,
 ) -> HopperDecodeLaunch | None:
     """The launch of the Hopper kernel; None where it has none and the portable kernel serves.
 
@@ -280,6 +281,8 @@ def choose_hopper_decode(
     slot_rows = next_power_of_2(tiling.slot_rows)
     columns = max(8, slot_rows)
     if columns > HOPPER_MAX_COLUMNS or key_rows is None or value_rows is None:
+        return None
+    if cache_itemsize == 2 and has_token_scales:  # its products read such tiles as they are
         return None
     is_half = head_size <= 128  # of a multiprocessor
     available = HOPPER_HALF_SHARED_MEMORY if is_half else HOPPER_SHARED_MEMORY

@@ -71,6 +71,8 @@ def test_who_is_served() -> None:
     assert choose(tiling(), head_size_v=64) is None
     assert choose(tiling(), cache_itemsize=4) is None
     assert choose(tiling(), key_rows=None) is None
+    assert choose(tiling(), has_token_scales=True) is None
+    assert choose(tiling(), cache_itemsize=1, has_token_scales=True) is not None
 
 
 def test_launch_fits() -> None:
