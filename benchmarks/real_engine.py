@@ -15,11 +15,11 @@ import torch
 
 from pagedattn.engine.llm import LLM
 from pagedattn.engine.sampling_params import SamplingParams
-from pagedattn.engine.scheduler import StepPlan
 from pagedattn.engine.scheduling_params import SchedulingParams
 from pagedattn.engine.simulation.recorder import Recorder
 from pagedattn.engine.simulation.step_time import StepWork
 from pagedattn.engine.simulation.traces import TraceRequest
+from pagedattn.engine.step_plan import StepPlan
 
 
 class WorkClock:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pagedattn.engine.prefix_tree import NO_BLOCK
-from pagedattn.engine.scheduler import StepPlan
+from pagedattn.engine.step_plan import StepPlan
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pagedattn.engine.model import Decoder
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import sample
 from pagedattn.engine.sampling_params import SamplingParams
-from pagedattn.engine.scheduler import ScheduledRequest, StepPlan
+from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
 
 
 def longest_sequence(

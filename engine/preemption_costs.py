@@ -16,7 +16,7 @@ from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.model import Decoder
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampling_params import SamplingParams
-from pagedattn.engine.scheduler import ScheduledRequest, StepPlan
+from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
 from pagedattn.engine.swap_space import PreemptionCosts
 
 # Short, middling and long; what lies between is interpolated, what is longer goes on as between the last two.

@@ -11,71 +11,24 @@ O(running + joined * log waiting).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from pagedattn.engine.block_manager import BlockManager, BlockTransfers, CachedPrefix
+from pagedattn.engine.block_manager import BlockManager, CachedPrefix
 from pagedattn.engine.config import EngineConfig
+from pagedattn.engine.deadlines import DeadlineWatch
 from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredictor
 from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
 from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.queue_bound import QueueSize
 from pagedattn.engine.request import Request
-from pagedattn.engine.waiting_queue import KeyedQueue
-
-# How fast a step can be: a faster one counts at once, slower ones slowly, so that nobody is dropped for one slow step.
-_STEP_TIME_GROWTH = 1.02
-
-
-NO_TRANSFERS = BlockTransfers()
+from pagedattn.engine.step_draft import StepDraft
+from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
 
 
 class RequestRejectedError(ValueError):
     """The request can never be served here, whatever else runs."""
-
-
-class ScheduledRequest(NamedTuple):
-    """``num_tokens`` tokens of ``request`` from position ``num_computed_tokens`` on are computed in this step.
-
-    ``needs_sample``: its last token is among them, so that a new one follows.
-    """
-
-    request: Request
-    num_computed_tokens: int
-    num_tokens: int
-    needs_sample: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step computes. ``num_padding_tokens`` rows more belong to nobody (docs/architecture.md, "Padding").
-
-    ``dropped``: requests that can not meet their deadline; the scheduler has forgotten them. With nothing else left the
-    plan is empty: there is nothing to compute.
-    """
-
-    scheduled: tuple[ScheduledRequest, ...]
-    num_padding_tokens: int = 0
-    preempted: tuple[Request, ...] = ()
-    dropped: tuple[Request, ...] = ()
-    transfers: BlockTransfers = NO_TRANSFERS  # to be made before the step
-
-    @property
-    def num_seqs(self) -> int:
-        return len(self.scheduled)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of requests; the padding is not counted."""
-        return sum(scheduled.num_tokens for scheduled in self.scheduled)
-
-    @property
-    def sampled_requests(self) -> list[Request]:
-        """The requests that get a token, in the order of the rows of logits."""
-        return [scheduled.request for scheduled in self.scheduled if scheduled.needs_sample]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +40,6 @@ class BlockUsage:
     num_allocated_slots: int
     num_filled_slots: int
     max_wasted_slots: int  # the most that one sequence holds and does not use
-
-
-@dataclass(slots=True)
-class _StepInTheMaking:
-    now: float
-    token_budget: int
-    may_prefill: bool  # False: only decodes run, and one prefill where there is none
-    num_tokens: dict[Request, int] = field(default_factory=dict)
-    uncut: dict[Request, int] = field(default_factory=dict)  # under "equal_chunks", not yet taken from the budget
-    num_promised_tokens: int = 0  # of them: one unit each, or less where less is left of a prompt
-    joined: list[Request] = field(default_factory=list)
-    starved: list[Request] = field(default_factory=list)  # found no block
-    preempted: list[Request] = field(default_factory=list)
-    dropped: list[Request] = field(default_factory=list)
 
 
 class Scheduler:
@@ -128,14 +67,11 @@ class Scheduler:
         self.lingering: list[Request] = []  # finished; padded rows of a batch that still runs, blocks held
         self.prefix_cache_queries = 0  # prompt tokens of requests when they joined for the first time
         self.prefix_cache_hits = 0  # those of them that were not computed
-        self._deadlines = KeyedQueue(self._next_deadline_check)
+        self._deadlines = DeadlineWatch(max_num_batched_tokens)
         self._chunk_unit = block_manager.block_size if policy.chunk_unit == "block" else 1
         self._num_watermark_blocks = int(policy.watermark * block_manager.num_blocks)
         self._num_queued = 0
         self._num_steps_without_join = 0
-        self._now = 0.0
-        self._last_step_time: float | None = None  # None: nothing was computed
-        self._step_seconds = 0.0  # of the fastest steps lately
         self._is_closed = False  # after a preemption, until a running request has ended
 
     @classmethod
@@ -172,16 +108,16 @@ class Scheduler:
         self.waiting.add(request)
         self.num_waiting_tokens += request.num_tokens
         self.block_manager.expect(request)
-        if request.next_deadline is not None:
-            self._deadlines.add(request)
+        self._deadlines.add(request)
 
     def schedule(self, now: float) -> StepPlan:
         """Choose the tokens of the next step and take the blocks for them. ``now``: seconds, on any clock."""
         is_tight = self.block_manager.num_free < self._num_watermark_blocks
         may_prefill = not (is_tight and self.policy.watermark_gates == "prefills")
-        step = _StepInTheMaking(now, self._step_tokens(), may_prefill)
-        self._note_step_time(now)
-        self._drop_late(step)
+        step = StepDraft(now, self.policy.prefill, self._chunk_unit, self._step_tokens(), may_prefill)
+        for request in self._deadlines.start_step(now):
+            self.finish(request, is_complete=False)
+            step.dropped.append(request)
         if self.policy.order == "waiting_first":
             self._admit_waiting(step)
             if self.policy.mix or not step.joined:
@@ -191,9 +127,9 @@ class Scheduler:
             self._admit_waiting(step)
         self._relieve_starved(step)
         if self.policy.prefill == "equal_chunks":
-            self._cut_equal_chunks(step)
+            step.cut_equal_chunks()
         self._num_steps_without_join = 0 if step.joined else self._num_steps_without_join + 1
-        self._last_step_time = now if step.num_tokens else None
+        self._deadlines.end_step(now, is_empty=not step.num_tokens)
         return self._plan(step)
 
     def advance(self, scheduled: ScheduledRequest) -> None:
@@ -282,64 +218,9 @@ class Scheduler:
         num_prompt_tokens = max(int(self.prompt_share * self.max_num_batched_tokens), self._chunk_unit)
         return min(num_decodes + num_prompt_tokens, self.max_num_batched_tokens)
 
-    def _num_step_tokens(self, request: Request, step: _StepInTheMaking) -> int:
-        """How many of its uncomputed tokens; 0 when the budget has none for it."""
-        num_tokens = request.num_uncomputed_tokens
-        prefill, budget = self.policy.prefill, step.token_budget
-        if num_tokens == 1 and budget > 0 and not step.uncut:
-            return 1
-        if prefill == "whole":
-            return num_tokens
-        if prefill == "whole_within_budget":
-            return num_tokens if num_tokens <= max(budget, 1) or not step.num_tokens else 0
-        if prefill == "equal_chunks":  # cut in the end, when it is known how many there are
-            has_chunk = step.num_promised_tokens + min(num_tokens, self._chunk_unit) <= budget
-            return num_tokens if has_chunk or not step.num_tokens else 0
-        if num_tokens <= budget:
-            return num_tokens
-        return budget - budget % self._chunk_unit or (0 if step.num_tokens else budget)
-
-    def _give_tokens(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
-        step.num_tokens[request] = num_tokens
-        if self.policy.prefill == "equal_chunks" and (num_tokens > 1 or step.uncut):
-            step.uncut[request] = num_tokens
-            step.num_promised_tokens += min(num_tokens, self._chunk_unit)
-        else:
-            step.token_budget -= num_tokens
-
-    def _take_back_tokens(self, request: Request, step: _StepInTheMaking) -> None:
-        """Undo ``_give_tokens``, if it was called."""
-        num_tokens = step.num_tokens.pop(request, 0)
-        if step.uncut.pop(request, None) is None:
-            step.token_budget += num_tokens
-        else:
-            step.num_promised_tokens -= min(num_tokens, self._chunk_unit)
-
-    def _cut_equal_chunks(self, step: _StepInTheMaking) -> None:
-        """Share the budget among the prompts: each gets the same, but no more than it needs; what is left goes to the
-        first ones."""
-        open_prompts, budget, unit = step.uncut, step.token_budget, self._chunk_unit
-        if sum(open_prompts.values()) <= budget:
-            return
-        share = 0
-        while open_prompts:
-            share = budget // len(open_prompts)
-            fitting = [request for request, num_tokens in open_prompts.items() if num_tokens <= share]
-            if not fitting:
-                break
-            budget -= sum(open_prompts.pop(request) for request in fitting)
-        chunk = share - share % unit
-        budget -= chunk * len(open_prompts)
-        for request, num_tokens in open_prompts.items():
-            extra = min(num_tokens - chunk, unit if chunk else budget)
-            if extra > budget:
-                extra = 0
-            budget -= extra
-            step.num_tokens[request] = chunk + extra
-
     # Running requests
 
-    def _continue_running(self, step: _StepInTheMaking) -> None:
+    def _continue_running(self, step: StepDraft) -> None:
         decode_first = self.policy.order == "decode_first"
         prefills: list[Request] = []
         ensure, num_tokens = self.block_manager.ensure, step.num_tokens
@@ -357,16 +238,16 @@ class Scheduler:
         for request in prefills:
             self._continue(request, step)
 
-    def _continue(self, request: Request, step: _StepInTheMaking) -> None:
+    def _continue(self, request: Request, step: StepDraft) -> None:
         if request in step.num_tokens or request in step.preempted:
             return
         if not step.may_prefill and step.num_tokens and request.num_uncomputed_tokens > 1:
             return
-        num_tokens = self._num_step_tokens(request, step)
+        num_tokens = step.num_tokens_for(request)
         if num_tokens and self._find_blocks(request, request.num_computed_tokens + num_tokens, step):
-            self._give_tokens(request, num_tokens, step)
+            step.give(request, num_tokens)
 
-    def _find_blocks(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> bool:
+    def _find_blocks(self, request: Request, num_tokens: int, step: StepDraft) -> bool:
         """Blocks for a running request, by the policy's means; False when it gets none and sits out the step."""
         while not self.block_manager.ensure(request, num_tokens):
             assert self.policy.when_full != "never", f"{request} ran out of the blocks it had reserved"
@@ -384,10 +265,10 @@ class Scheduler:
             return max(reversed(self.running), key=self.waiting.rank)
         return self.running[-1]
 
-    def _preempt(self, victim: Request, step: _StepInTheMaking) -> None:
+    def _preempt(self, victim: Request, step: StepDraft) -> None:
         """Take a running request's blocks away and queue it again."""
         self.running.remove(victim)
-        self._take_back_tokens(victim, step)
+        step.take_back(victim)
         step.preempted.append(victim)
         self._release(victim)
         victim.num_preemptions += 1
@@ -404,7 +285,7 @@ class Scheduler:
         if not self.block_manager.preempt(request, self.policy.preempt_by):
             request.num_computed_tokens = 0
 
-    def _relieve_starved(self, step: _StepInTheMaking) -> None:
+    def _relieve_starved(self, step: StepDraft) -> None:
         """Requests that found no block: the newest give up theirs, as far as the policy wants it."""
         if self.policy.when_full == "preempt_starved":
             while step.starved and len(self.running) > 1 and not self._fit_next_step(step.starved):
@@ -426,7 +307,7 @@ class Scheduler:
 
     # Waiting requests
 
-    def _admit_waiting(self, step: _StepInTheMaking) -> None:
+    def _admit_waiting(self, step: StepDraft) -> None:
         """Those who are next join, as long as budget, blocks and the policy's rules last."""
         # Who joins in a step that ran out of blocks would be the next to be preempted.
         if step.preempted or (self.running and (self._is_closed or self.policy.join == "when_empty")):
@@ -451,7 +332,7 @@ class Scheduler:
         self.prefix_cache_queries += request.num_prompt_tokens
         self.prefix_cache_hits += request.num_cached_tokens
 
-    def _join_next(self, step: _StepInTheMaking) -> None:
+    def _join_next(self, step: StepDraft) -> None:
         policy, waiting = self.policy, self.waiting
         misfits: list[Request] = []
         deferred: list[Request] = []  # what they would compute next is being computed
@@ -466,7 +347,7 @@ class Scheduler:
                     break
                 continue
             num_kept, request.num_computed_tokens = request.num_computed_tokens, prefix.num_tokens
-            num_tokens = self._num_step_tokens(request, step)
+            num_tokens = step.num_tokens_for(request)
             if num_tokens and self._reserve(request, prefix, num_tokens):
                 self._join(request, num_tokens, step)
                 num_may_pass -= bool(misfits)
@@ -482,7 +363,7 @@ class Scheduler:
         for request in [*misfits, *deferred]:
             waiting.put_back(request)
 
-    def _has_room(self, step: _StepInTheMaking) -> bool:
+    def _has_room(self, step: StepDraft) -> bool:
         """Whether it is worth looking at who is next."""
         if not step.may_prefill and step.num_tokens:
             return False
@@ -514,17 +395,17 @@ class Scheduler:
         """The most of a request's tokens whose blocks are taken at once; windows let go of those before them."""
         return min(num_tokens, self.max_num_batched_tokens) if self.policy.takes_blocks_stepwise else num_tokens
 
-    def _join(self, request: Request, num_tokens: int, step: _StepInTheMaking) -> None:
+    def _join(self, request: Request, num_tokens: int, step: StepDraft) -> None:
         self.num_waiting_tokens -= request.num_tokens
         self.running.append(request)
         step.joined.append(request)
-        self._give_tokens(request, num_tokens, step)
+        step.give(request, num_tokens)
         self.waiting.joined(request)
 
-    def _withdraw(self, request: Request, step: _StepInTheMaking) -> None:
+    def _withdraw(self, request: Request, step: StepDraft) -> None:
         """Undo ``_join``."""
         self.running.remove(request)
-        self._take_back_tokens(request, step)
+        step.take_back(request)
         self._release(request)
         self.waiting.withdrawn(request)
         self.waiting.put_back(request)
@@ -536,43 +417,9 @@ class Scheduler:
         self._num_queued += 1
         request.queue_number = self._num_queued
 
-    # Deadlines
-
-    def _drop_late(self, step: _StepInTheMaking) -> None:
-        """Requests that would miss their deadline even if they went on now, as fast as the fastest step."""
-        while self._deadlines and self._deadlines.smallest_key() <= step.now:
-            request = self._deadlines.take(step.now)
-            if self._latest_start(request) > step.now:
-                self._deadlines.put_back(request)
-            else:
-                self.finish(request, is_complete=False)
-                step.dropped.append(request)
-
-    def _latest_start(self, request: Request) -> float:
-        """When the request has to be in every step from then on to meet its deadlines, as far as we know."""
-        num_steps = -(-request.num_uncomputed_tokens // self.max_num_batched_tokens)
-        latest = math.inf
-        if request.first_token_deadline is not None and not request.num_output_tokens:
-            latest = request.first_token_deadline - num_steps * self._step_seconds
-        if request.deadline is not None:
-            num_steps += max(request.min_num_tokens - request.num_tokens - 1, 0)
-            latest = min(latest, request.deadline - num_steps * self._step_seconds)
-        return latest
-
-    def _next_deadline_check(self, request: Request) -> float:
-        """Half way to its latest start: steps may turn out slower than they were."""
-        latest = self._latest_start(request)
-        return latest if latest - self._now <= self._step_seconds else (self._now + latest) / 2
-
-    def _note_step_time(self, now: float) -> None:
-        self._now = now
-        if self._last_step_time is not None:
-            seconds = now - self._last_step_time
-            self._step_seconds = min(seconds, self._step_seconds * _STEP_TIME_GROWTH) if self._step_seconds else seconds
-
     # The plan
 
-    def _plan(self, step: _StepInTheMaking) -> StepPlan:
+    def _plan(self, step: StepDraft) -> StepPlan:
         return StepPlan(
             tuple(
                 ScheduledRequest(

@@ -11,7 +11,7 @@ import bisect
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from pagedattn.engine.scheduler import StepPlan
+from pagedattn.engine.step_plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 from pagedattn.engine.batch import prepare_batch
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampling_params import SamplingParams
-from pagedattn.engine.scheduler import ScheduledRequest, StepPlan
+from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
 
 
 def scheduled(token_ids: list[int], num_computed: int, num_tokens: int, block_ids: list[int]) -> ScheduledRequest:

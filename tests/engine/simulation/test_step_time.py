@@ -9,9 +9,9 @@ import pytest
 
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampling_params import SamplingParams
-from pagedattn.engine.scheduler import ScheduledRequest, StepPlan
 from pagedattn.engine.simulation.machine import load_machine, machine_names, parse_machine
 from pagedattn.engine.simulation.step_time import Fitted, FixedRate, Roofline, StepWork, locate
+from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
 
 FITTED = Fitted(
     seconds_per_seq=0.5,
