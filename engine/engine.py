@@ -30,12 +30,13 @@ from pagedattn.engine.outputs import FinishReason, RequestOutput
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
 from pagedattn.engine.queue_bound import QueueBound, QueueSize
 from pagedattn.engine.request import Request
-from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, derive_seed, sample
+from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, sample
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
 from pagedattn.engine.scheduling_params import SchedulingParams
 from pagedattn.engine.stats import EngineStats, StatsRecorder
 from pagedattn.engine.swap_space import SwapSpace
+from pagedattn.layer_ops import derive_seed
 
 if TYPE_CHECKING:
     from pagedattn.engine.tokenizer import Tokenizer

@@ -269,7 +269,7 @@ def _fits_plan(tiling: AttentionTiling, device: torch.device, items: Tensor, cou
 # --- implementations --------------------------------------------------------------------------------------------------
 
 
-def _uses_triton(tensor: Tensor) -> bool:
+def uses_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or INTERPRETED
 
 
@@ -311,7 +311,7 @@ def _write_plan(
     window: int | None,
 ) -> None:
     make = plan_reference.plan_attention
-    if _uses_triton(seq_lens):
+    if uses_triton(seq_lens):
         from pagedattn.kernels import plan
 
         make = plan.plan_attention
@@ -371,7 +371,7 @@ def _attend(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
         _check_attention_values(call)
     if not out.numel():
         return
-    if _uses_triton(call.query):
+    if uses_triton(call.query):
         _attend_triton(call, out, lse)
         return
     attention_reference.paged_attention(
@@ -456,7 +456,7 @@ def _append_kv(
         _check_slot_values(slot_mapping, key_cache)
     if not key.shape[0]:
         return
-    if not _uses_triton(key):
+    if not uses_triton(key):
         cache_reference.append_kv(key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
     tensors = (None, key, value, None, None, key_cache, value_cache, slot_mapping, k_scale, v_scale)
@@ -514,7 +514,7 @@ def _rope_append_kv(
             fail("positions", bad[:4], f"within 0..{cos_sin.shape[0] - 1}")
     if not key.shape[0]:
         return
-    if not _uses_triton(key):
+    if not uses_triton(key):
         cache_reference.rope_append_kv(
             query, key, value, cos_sin, positions, key_cache, value_cache, slot_mapping,
             interleaved=interleaved, k_scale=k_scale, v_scale=v_scale,
@@ -661,14 +661,14 @@ def _merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: 
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _register(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.define(name + signature)
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"pagedattn::{name}", fake, lib=_library)
 
 
-def _fake_of_mutation(check: Callable[..., None]) -> Callable[..., None]:
+def fake_of_mutation(check: Callable[..., None]) -> Callable[..., None]:
     """The fake of an op that only writes its arguments: its checks."""
 
     def fake(*args: Any) -> None:
@@ -681,13 +681,13 @@ _PLAN = (
     "SymInt num_heads, SymInt num_kv_heads, SymInt head_size, SymInt head_size_v, SymInt max_query_len, "
     "SymInt max_seq_len, SymInt? sliding_window, bool batch_invariant"
 )
-_register(
+register(
     "plan_attention",
     f"(Tensor seq_lens, Tensor query_start_loc, {_PLAN}) -> (Tensor, Tensor)",
     _plan_attention,
     _plan_attention_fake,
 )
-_register(
+register(
     "plan_attention.out",
     f"(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) items, Tensor(b!) counts, {_PLAN}) -> ()",
     _plan_attention_out,
@@ -700,46 +700,46 @@ _ATTENTION = (
     "Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, Tensor? tree_mask, Tensor[]? plan, "
     "bool batch_invariant, "
 )
-_register(
+register(
     "paged_attention", f"({_ATTENTION}bool return_lse) -> (Tensor, Tensor)", _paged_attention, _paged_attention_fake
 )
-_register(
+register(
     "paged_attention.out",
     f"({_ATTENTION}Tensor(a!) out, Tensor(b!)? lse) -> ()",
     _paged_attention_out,
-    _fake_of_mutation(_check_attention_out),
+    fake_of_mutation(_check_attention_out),
 )
 _CACHES = "Tensor({}!) key_cache, Tensor({}!) value_cache, Tensor slot_mapping, "
 _SCALES = "Tensor({}!)? k_scale, Tensor({}!)? v_scale) -> ()"
-_register(
+register(
     "append_kv",
     "(Tensor key, Tensor value, " + _CACHES.format("a", "b") + _SCALES.format("c", "d"),
     _append_kv,
-    _fake_of_mutation(_check_append),
+    fake_of_mutation(_check_append),
 )
-_register(
+register(
     "rope_append_kv",
     "(Tensor(a!) query, Tensor key, Tensor value, Tensor cos_sin, Tensor positions, "
     + _CACHES.format("b", "c")
     + "bool interleaved, "
     + _SCALES.format("d", "e"),
     _rope_append_kv,
-    _fake_of_mutation(_check_rope),
+    fake_of_mutation(_check_rope),
 )
-_register(
+register(
     "copy_blocks",
     "(Tensor src_key, Tensor src_value, Tensor(a!) dst_key, Tensor(b!) dst_value, Tensor block_mapping) -> ()",
     _copy_blocks,
-    _fake_of_mutation(_check_copy),
+    fake_of_mutation(_check_copy),
 )
-_register(
+register(
     "gather_kv",
     "(Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, SymInt max_seq_len, Tensor? k_scale, "
     "Tensor? v_scale, ScalarType? dtype) -> (Tensor, Tensor)",
     _gather_kv,
     _gather_kv_fake,
 )
-_register(
+register(
     "merge_attention_states",
     "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
     _merge_attention_states,
@@ -1005,7 +1005,7 @@ def paged_attention(
         # The dispatcher checks types, and once is enough; but it does not name the argument in our terms.
         _check_attention_types(batch, numbers, optional, plan)
         raise
-    if key is not None and _uses_triton(query) and result.numel():
+    if key is not None and uses_triton(query) and result.numel():
         prepared = _prepare_attention(call, result, lse)
         resembles_query = query.is_contiguous() and (result.shape, result.dtype) == (query.shape, query.dtype)
         seen = _SeenAttention(prepared, result.shape, result.dtype, resembles_query, return_lse)
@@ -1031,7 +1031,7 @@ def _append_again(tensors: tuple[Any, ...], interleaved: bool = False, rotary_di
 
 
 def _remember_append(tensors: tuple[Any, ...], interleaved: bool = False, rotary_dim: int | None = None) -> None:
-    if tensors[1].shape[0] and _uses_triton(tensors[1]):
+    if tensors[1].shape[0] and uses_triton(tensors[1]):
         given = [tensor for tensor in tensors if tensor is not None]
         key = _append_key(tensors, interleaved, rotary_dim)
         _seen_appends.add(key, given, _prepare_append(tensors, interleaved))

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from pagedattn.engine.request import Request
-from pagedattn.engine.sampler import derive_seed, sample, uniform
+from pagedattn.engine.sampler import sample
 from pagedattn.engine.sampling_params import SamplingParams
+from pagedattn.kernels import sampling_reference
+from pagedattn.layer_ops import derive_seed
 
 VOCAB_SIZE = 5000  # so that top_p looks among 256, 4096 and all candidates
 
@@ -50,7 +52,8 @@ def naive_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def test_uniform_numbers_are_uniform_and_independent_of_their_neighbours() -> None:
-    numbers = torch.tensor([[uniform(seed, position) for position in range(64)] for seed in range(64)])
+    seeds, positions = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    numbers = sampling_reference.uniform(seeds, positions).float()
     assert float(numbers.min()) > 0.0
     assert float(numbers.max()) < 1.0
     histogram = torch.histc(numbers.flatten(), bins=16, min=0.0, max=1.0)
@@ -65,6 +68,16 @@ def test_known_splitmix64_values() -> None:
     """The finalizer over a counter that starts at 0 is SplitMix64 with seed 0, whose first outputs are published."""
     assert derive_seed(0, 0) == 0xE220A8397B1DCDAF
     assert derive_seed(0, 1) == 0x6E789E6AA1B965F4
+
+
+def test_uniform_numbers_are_bits_of_derived_seeds() -> None:
+    seeds, positions = [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 0xDEADBEEFCAFEF00D], [0, 1, 5, 100_000, 7, 2**40]
+    bits = torch.tensor([sampling_reference.as_int64(seed) for seed in seeds])
+    numbers = sampling_reference.uniform(bits, torch.tensor(positions))
+    expected = [
+        ((derive_seed(seed, position) >> 24) + 0.5) * 2.0**-40 for seed, position in zip(seeds, positions, strict=True)
+    ]
+    assert numbers.tolist() == expected
 
 
 def test_greedy_is_argmax_first_of_equals() -> None:
@@ -132,7 +145,8 @@ def test_filters_keep_what_the_naive_ones_keep(params: dict[str, float], is_alon
     for index in range(0, 40, 2):
         token_id = drawn[index]
         assert token_id is not None
-        draw = uniform(9, requests[index].num_output_tokens)
+        position = torch.tensor(requests[index].num_output_tokens)
+        draw = float(sampling_reference.uniform(torch.tensor(9), position))
         assert probabilities[token_id] > 0
         # fp32 probabilities against fp64: the draw must fall into the token's interval, give or take rounding.
         end, width = float(cumulative[token_id]), float(probabilities[token_id])
