@@ -7,6 +7,9 @@ Every program sees all sequences as the lanes of one vector, computes the same p
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -270,37 +273,39 @@ def plan_items_kernel(
         index += num_programs
 
 
-def plan_attention(
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    items: Tensor,
-    counts: Tensor,
-    *,
-    tiling: AttentionTiling,
-    sliding_window: int | None,
-) -> None:
-    """Write the plan of seq_lens int32 [B] and query_start_loc int32 [B + 1] into items and counts."""
-    num_seqs, num_arrivals = seq_lens.shape[0], counts.shape[0] - 4
-    # The longer a sequence's list may be, the more programs share it.
-    programs = min(32, max(1, tiling.max_items // max(1, num_seqs)))
-    lanes = max(16, next_power_of_2(max(1, num_seqs)))
-    has_window, window = sliding_window is not None, sliding_window or 0
-    if tiling.workers:
-        constants: tuple[int | bool, ...] = (has_window, MIN_SHARE // SHARE_UNIT, SHARE_UNIT, ITEM_FIELDS, lanes)
-        sizes: tuple[int, ...] = (num_seqs, window, tiling.workers, num_arrivals, programs)
-        launcher = launch_walks
-    else:
-        constants = (
-            tiling.queries_per_tile, has_window, tiling.batch_invariant,
-            MIN_CHUNK, CHUNK_ALIGNMENT, FINE_CHUNK, COARSE_CHUNK, COARSE_FROM, ITEM_FIELDS, lanes,
-        )  # fmt: skip
-        sizes = (
-            num_seqs, window, tiling.target_items, tiling.max_items, tiling.max_slots, num_arrivals, programs,
-        )  # fmt: skip
-        launcher = launch_items
-    launch = launcher.prepare(constants, (programs, 1), seq_lens.device, (*sizes, *constants), num_warps=4)
-    launch((seq_lens, query_start_loc, items, counts))
+class PreparedPlan:
+    """The launch that plans ``num_seqs`` sequences, for any tensors of that many."""
+
+    __slots__ = ("_launch",)
+
+    def __init__(
+        self, tiling: AttentionTiling, num_seqs: int, sliding_window: int | None, device: torch.device
+    ) -> None:
+        num_arrivals = tiling.num_counts - 4
+        # The longer a sequence's list may be, the more programs share it.
+        programs = min(32, max(1, tiling.max_items // max(1, num_seqs)))
+        lanes = max(16, next_power_of_2(max(1, num_seqs)))
+        has_window, window = sliding_window is not None, sliding_window or 0
+        if tiling.workers:
+            constants: tuple[int | bool, ...] = (has_window, MIN_SHARE // SHARE_UNIT, SHARE_UNIT, ITEM_FIELDS, lanes)
+            sizes: tuple[int, ...] = (num_seqs, window, tiling.workers, num_arrivals, programs)
+            launcher = launch_walks
+        else:
+            constants = (
+                tiling.queries_per_tile, has_window, tiling.batch_invariant,
+                MIN_CHUNK, CHUNK_ALIGNMENT, FINE_CHUNK, COARSE_CHUNK, COARSE_FROM, ITEM_FIELDS, lanes,
+            )  # fmt: skip
+            sizes = (
+                num_seqs, window, tiling.target_items, tiling.max_items, tiling.max_slots, num_arrivals, programs,
+            )  # fmt: skip
+            launcher = launch_items
+        self._launch = launcher.prepare(constants, (programs, 1), device, (*sizes, *constants), num_warps=4)
+
+    def __call__(self, seq_lens: Tensor, query_start_loc: Tensor, items: Tensor, counts: Tensor) -> None:
+        """Write the plan of seq_lens int32 [B] and query_start_loc int32 [B + 1] into items and counts."""
+        self._launch((seq_lens, query_start_loc, items, counts))
 
 
 launch_walks = Launcher(plan_walks_kernel)
 launch_items = Launcher(plan_items_kernel)
+prepare_plan = lru_cache(maxsize=4096)(PreparedPlan)

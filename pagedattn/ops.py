@@ -310,12 +310,16 @@ def _write_plan(
     tiling: AttentionTiling,
     window: int | None,
 ) -> None:
-    make = plan_reference.plan_attention
     if uses_triton(seq_lens):
-        from pagedattn.kernels import plan
+        _prepare_plan(tiling, seq_lens.shape[0], window, seq_lens.device)(seq_lens, query_start_loc, items, counts)
+        return
+    plan_reference.plan_attention(seq_lens, query_start_loc, items, counts, tiling=tiling, sliding_window=window)
 
-        make = plan.plan_attention
-    make(seq_lens, query_start_loc, items, counts, tiling=tiling, sliding_window=window)
+
+def _prepare_plan(tiling: AttentionTiling, num_seqs: int, window: int | None, device: torch.device) -> Any:
+    from pagedattn.kernels.plan import prepare_plan
+
+    return prepare_plan(tiling, num_seqs, window, device)
 
 
 def _plan_attention_fake(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -385,15 +389,9 @@ def _options(call: _Attention) -> AttentionOptions:
 
 
 def _attend_triton(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
-    if call.plan is None:
-        sizes = (call.query.shape[1], call.key_cache.shape[2], call.query.shape[2], out.shape[2])
-        arguments = (*sizes, call.max_query_len, call.max_seq_len, call.sliding_window, call.batch_invariant)
-        call = call._replace(plan=list(_plan_attention(call.seq_lens, call.query_start_loc, *arguments)))
-    _run_attention(_prepare_attention(call, out, lse), call, out, lse)
-
-
-def _run_attention(prepared: Any, call: _Attention, out: Tensor, lse: Tensor | None) -> None:
-    prepared(*call[:4], call.plan, *call[13:19], out, lse)
+    prepared, planner = _prepare_attention(call, out, lse)
+    plan = planner(*call[4:6]) if call.plan is None else call.plan
+    prepared(*call[:4], plan, *call[13:19], out, lse)
 
 
 # --- what calls prepare, remembered by their metadata -----------------------------------------------------------------
@@ -412,21 +410,35 @@ def _metadata(tensor: Tensor | None) -> Any:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
 
 
-def _prepare_attention(call: _Attention, out: Tensor, lse: Tensor | None) -> Any:
-    """The launch of a checked call with a plan."""
+class _Planner(NamedTuple):
+    """Plans for calls that bring none."""
+
+    launch: Any
+    tiling: AttentionTiling
+
+    def __call__(self, seq_lens: Tensor, query_start_loc: Tensor) -> tuple[Tensor, Tensor]:
+        plan = _plan_buffers(self.tiling, seq_lens)
+        self.launch(seq_lens, query_start_loc, *plan)
+        return plan
+
+
+def _prepare_attention(call: _Attention, out: Tensor, lse: Tensor | None) -> tuple[Any, _Planner]:
+    """The launch of a checked call, and that of its plan in case it has none."""
     from pagedattn.kernels.attention import PreparedAttention
 
     query, key_cache, value_cache, num_seqs, plan = *call[:3], call.seq_lens.shape[0], call.plan
     sizes = (query.shape[1], key_cache.shape[2], query.shape[2], out.shape[2], call.max_query_len, call.max_seq_len)
     tiling = _cached_tiling(_Geometry(*sizes, call.batch_invariant), num_seqs, query.device)
-    if plan is None or len(plan) != 2 or not _fits_plan(tiling, query.device, *plan):
+    if plan is not None and (len(plan) != 2 or not _fits_plan(tiling, query.device, *plan)):
         fail("plan", plan and plan[0], f"made for these {num_seqs} sequences and this geometry")
-    fingerprint = (call[6:13], call.batch_invariant, *map(_metadata, (*call[:6], *plan, *call[13:19], out, lse)))
+    window = _window(call.sliding_window, call.max_seq_len)
+    planner = _Planner(_prepare_plan(tiling, num_seqs, window, query.device), tiling)
+    fingerprint = (call[6:13], call.batch_invariant, *map(_metadata, (*call[:6], *call[13:19], out, lse)))
     prepared = _prepared.get(fingerprint)
     if prepared is None:
         prepared = PreparedAttention(query, key_cache, value_cache, call.block_table, tiling, _options(call), out, lse)
         _remember(fingerprint, prepared)
-    return prepared
+    return prepared, planner
 
 
 def _prepare_append(tensors: tuple[Any, ...], interleaved: bool) -> Any:
@@ -837,14 +849,17 @@ class _SeenAttention(NamedTuple):
     """A call of ``paged_attention`` that has passed all checks, to be made again on other tensors of its like."""
 
     prepared: Any
+    planner: _Planner
     shape: torch.Size  # of the output
     dtype: torch.dtype
     resembles_query: bool  # then it is cheaper to allocate
     return_lse: bool
 
-    def __call__(self, tensors: tuple[Tensor, ...], optional: tuple[Tensor | None, ...]) -> Any:
-        query, key_cache, value_cache, block_table, _, _, *plan = tensors[:8]
+    def __call__(self, batch: tuple[Tensor, ...], plan: tuple[Tensor, ...], optional: tuple[Tensor | None, ...]) -> Any:
+        query, key_cache, value_cache, block_table, seq_lens, query_start_loc = batch
         *features, out = optional
+        if not plan:
+            plan = self.planner(seq_lens, query_start_loc)
         if out is None:
             out = torch.empty_like(query) if self.resembles_query else query.new_empty(self.shape, dtype=self.dtype)
         lse = query.new_empty(self.shape[:2], dtype=torch.float32) if self.return_lse else None
@@ -973,13 +988,14 @@ def paged_attention(
     key: tuple[Any, ...] | None = None
     tensors: tuple[Any, ...] = ()
     try:
-        if plan is not None and not CHECK_VALUES and not torch.compiler.is_compiling():
-            key = (plan.geometry, query.shape, numbers, (*map(type, numbers + optional),))
+        if not CHECK_VALUES and not torch.compiler.is_compiling():
+            geometry, planned = (None, ()) if plan is None else (plan.geometry, (plan.items, plan.counts))
+            key = (geometry, query.shape, numbers, (*map(type, numbers + optional),))
             given = [tensor for tensor in optional if tensor is not None]
-            tensors = (*batch, plan.items, plan.counts, *given)
+            tensors = (*batch, *planned, *given)
             seen = _seen_attention.find(key, tensors)
             if seen is not None:
-                return seen(tensors, optional)
+                return seen(batch, planned, optional)
         if bool in map(type, numbers[:3] + numbers[4:7]) or type(causal) is not bool or type(return_lse) is not bool:
             _check_attention_types(batch, numbers, optional, plan)  # the dispatcher takes a bool for an int
         bound = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.geometry[6]
@@ -1006,9 +1022,9 @@ def paged_attention(
         _check_attention_types(batch, numbers, optional, plan)
         raise
     if key is not None and uses_triton(query) and result.numel():
-        prepared = _prepare_attention(call, result, lse)
+        prepared, planner = _prepare_attention(call, result, lse)
         resembles_query = query.is_contiguous() and (result.shape, result.dtype) == (query.shape, query.dtype)
-        seen = _SeenAttention(prepared, result.shape, result.dtype, resembles_query, return_lse)
+        seen = _SeenAttention(prepared, planner, result.shape, result.dtype, resembles_query, return_lse)
         _seen_attention.add(key, tensors, seen)
     return result if lse is None else (result, lse)
 

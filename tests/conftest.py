@@ -57,7 +57,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section(f"error over budget: {num_draws} draws of {len(drawn)} variants")
     for feature in sorted(worst):
         terminalreporter.line(f"{feature:40} worst {max(worst[feature]):.2f} of {len(worst[feature])} variants")
-    if config.getoption("error_table"):
+    if config.getoption("error_table") and not hasattr(config, "workerinput"):  # of a spread run, the whole alone
         document = {
             "num_draws": num_draws,
             "num_variants": len(drawn),
