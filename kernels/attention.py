@@ -134,6 +134,20 @@ def tanh(x):
 
 
 @triton.jit
+def multiply_by_keys(query, key):
+    """Logits [ROWS, BLOCK_N]. In fp32, products are added up 32 at a time, and then these sums: added up one after the
+    other, each would be rounded by the size of all that came before it."""
+    DIM: tl.constexpr = query.shape[1]
+    if query.dtype == tl.float32 and DIM > 32:
+        query_parts = tl.permute(tl.reshape(query, [query.shape[0], DIM // 32, 32]), (1, 0, 2))
+        key_parts = tl.permute(tl.reshape(key, [key.shape[0], DIM // 32, 32]), (1, 2, 0))
+        logits = tl.sum(tl.dot(query_parts, key_parts, input_precision="ieee"), axis=0)
+    else:
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+    return logits
+
+
+@triton.jit
 def finite_shift(maximum):
     """What to subtract before exponentiating: the maximum, 0 where that is -inf."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -234,11 +248,11 @@ def attend_keys(
         pages = load_pages(table_ptr, position + BLOCK_N, first_key, end_key, BLOCK_SIZE)
         inside = (position >= first_key) & (position < end_key)
         key = load_tokens(key_ptr, key_offset, inside, KEY_DIM, KEY_PADDED, KEY_FORMAT, IS_MASKED, DTYPE)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+        logits = multiply_by_keys(query, key)
         if KEY_REST > 0:
             rest_ptr = key_ptr + (KEY_DIM // 2 if KEY_FORMAT == "int4" else KEY_DIM)
             rest = load_tokens(rest_ptr, key_offset, inside, KEY_REST, KEY_REST, KEY_FORMAT, IS_MASKED, DTYPE)
-            logits = tl.dot(query_rest, tl.trans(rest), logits, input_precision="ieee")
+            logits += multiply_by_keys(query_rest, rest)
         value = load_tokens(value_ptr, value_offset, inside, VALUE_DIM, VALUE_PADDED, VALUE_FORMAT, IS_MASKED, DTYPE)
         if V_SCALE == 3:
             # Not into the probabilities: what is multiplied there is rounded once more.
@@ -775,6 +789,16 @@ def prepare_hopper(
     return PreparedHopperDecode(query, key_cache, block_table, tiling, hopper, options, out, lse)
 
 
+def workspace(elements: int, device: torch.device, workspaces: dict[int, Tensor] | None) -> Tensor:
+    """fp32 [elements], whose content is nobody's."""
+    if workspaces is None:
+        return torch.empty(elements, dtype=torch.float32, device=device)
+    found = workspaces.get(elements)
+    if found is None:
+        found = workspaces[elements] = torch.empty(elements, dtype=torch.float32, device=device)
+    return found
+
+
 class PreparedAttention:
     """All of a call that follows from shapes, strides, dtypes and host numbers, for any tensors that share them."""
 
@@ -871,12 +895,18 @@ class PreparedAttention:
         tree_mask: Tensor | None,
         out: Tensor,
         lse: Tensor | None,
+        workspaces: dict[int, Tensor] | None = None,
     ) -> None:
-        """Write attention into ``out`` [T, Hq, Dv] and its log-sum-exp into ``lse`` (fp32 [T, Hq])."""
+        """Write attention into ``out`` [T, Hq, Dv] and its log-sum-exp into ``lse`` (fp32 [T, Hq]).
+
+        ``workspaces``: fp32 tensors by number of elements, of calls that do not overlap; what is missing is added.
+        """
+        partials = workspace(self._partial_elements, query.device, workspaces)
         if self._hopper is not None and not (key_cache.data_ptr() | value_cache.data_ptr()) % ALIGNMENT:
             self._hopper(
-                query, key_cache, value_cache, block_table, plan, alibi_slopes, sinks, k_scale, v_scale, out, lse
-            )
+                query, key_cache, value_cache, block_table, plan, alibi_slopes, sinks, k_scale, v_scale,
+                partials, out, lse,
+            )  # fmt: skip
             return
         if self._reads_bits:
             query, key_cache, value_cache = (
@@ -886,7 +916,6 @@ class PreparedAttention:
         if tree_mask is not None:
             tree_mask = tree_mask.view(torch.uint8)
         items, counts = plan
-        partials = torch.empty(self._partial_elements, dtype=torch.float32, device=query.device)
         self._launch(
             (
                 out, lse, partials, query, key_cache, value_cache, block_table, items, counts,

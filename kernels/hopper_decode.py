@@ -706,7 +706,7 @@ def hopper_decode_kernel(
 class PreparedHopperDecode:
     """All of a call that follows from shapes, strides, dtypes and host numbers, for any tensors that share them."""
 
-    __slots__ = ("_descriptors", "_key_rows", "_launch", "_page", "_partial_elements", "_value_rows")
+    __slots__ = ("_descriptors", "_key_rows", "_launch", "_page", "_value_rows")
 
     def __init__(
         self,
@@ -722,7 +722,6 @@ class PreparedHopperDecode:
         num_tokens, num_heads, head_size = query.shape
         num_kv_heads = key_cache.shape[2]
         partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
-        self._partial_elements = partial_rows * (head_size + 1)
         self._page = hopper.page
         self._descriptors: dict[tuple[int, int], Descriptors] = {}
         self._key_rows, self._value_rows = key_rows, value_rows = hopper.key_rows, hopper.value_rows
@@ -777,12 +776,12 @@ class PreparedHopperDecode:
         sinks: Tensor | None,
         k_scale: Tensor | None,
         v_scale: Tensor | None,
+        partials: Tensor,
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
         """Write attention into ``out`` [T, Hq, D] and its log-sum-exp into ``lse`` (fp32 [T, Hq])."""
         items, counts = plan
-        partials = torch.empty(self._partial_elements, dtype=torch.float32, device=query.device)
         self._launch(
             (out, lse, partials, query, block_table, items, counts, alibi_slopes, sinks, k_scale, v_scale),
             self._describe(key_cache, value_cache),

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, overload
 
@@ -767,12 +767,14 @@ class AttentionPlan:
     """How a step's attention is cut up, made once by ``plan_attention`` for all layers of one geometry.
 
     The tensors are laid out as ``kernels/plan_reference.py`` says; counters among them make it a plan for one stream at
-    a time. ``geometry``: what it was made for, in the order of ``GEOMETRY``.
+    a time. ``geometry``: what it was made for, in the order of ``GEOMETRY``. ``workspaces``: by size, what its calls
+    hold unfinished results in, from one layer to the next.
     """
 
     items: Tensor
     counts: Tensor
     geometry: tuple[Any, ...]
+    workspaces: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def batch_invariant(self) -> bool:
@@ -855,15 +857,20 @@ class _SeenAttention(NamedTuple):
     resembles_query: bool  # then it is cheaper to allocate
     return_lse: bool
 
-    def __call__(self, batch: tuple[Tensor, ...], plan: tuple[Tensor, ...], optional: tuple[Tensor | None, ...]) -> Any:
+    def __call__(
+        self, batch: tuple[Tensor, ...], plan: AttentionPlan | None, optional: tuple[Tensor | None, ...]
+    ) -> Any:
         query, key_cache, value_cache, block_table, seq_lens, query_start_loc = batch
         *features, out = optional
-        if not plan:
-            plan = self.planner(seq_lens, query_start_loc)
+        workspaces: dict[int, Tensor] | None = None
+        if plan is None:
+            tensors: tuple[Tensor, ...] = self.planner(seq_lens, query_start_loc)
+        else:
+            tensors, workspaces = (plan.items, plan.counts), plan.workspaces
         if out is None:
             out = torch.empty_like(query) if self.resembles_query else query.new_empty(self.shape, dtype=self.dtype)
         lse = query.new_empty(self.shape[:2], dtype=torch.float32) if self.return_lse else None
-        self.prepared(query, key_cache, value_cache, block_table, plan, *features, out, lse)
+        self.prepared(query, key_cache, value_cache, block_table, tensors, *features, out, lse, workspaces)
         return out if lse is None else (out, lse)
 
 
@@ -995,7 +1002,7 @@ def paged_attention(
             tensors = (*batch, *planned, *given)
             seen = _seen_attention.find(key, tensors)
             if seen is not None:
-                return seen(batch, planned, optional)
+                return seen(batch, plan, optional)
         if bool in map(type, numbers[:3] + numbers[4:7]) or type(causal) is not bool or type(return_lse) is not bool:
             _check_attention_types(batch, numbers, optional, plan)  # the dispatcher takes a bool for an int
         bound = block_table.shape[1] * key_cache.shape[1] if plan is None else plan.geometry[6]

@@ -175,18 +175,28 @@ def test_append_again_is_the_same(rotates: bool) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("has_plan", [True, False])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
-def test_second_call_takes_the_short_way(mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(query_lens=(1, 2), seq_lens=(20, 70))
-    plan = make_plan(case)
+def test_second_call_takes_the_short_way(
+    mode: Callable[[], Any], has_plan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, shorter = (make_case(query_lens=(1, 2), seq_lens=lengths) for lengths in ((20, 70), (9, 70)))
 
-    def attend() -> Tensor:
-        return pagedattn.paged_attention(*case.arguments(), max_query_len=case.max_query_len, plan=plan)
+    def attend(lengths: Tensor) -> Tensor:
+        batch = (*case.arguments()[:4], lengths, case.query_start_loc)
+        plan = make_plan(case) if has_plan else None
+        return pagedattn.paged_attention(*batch, max_query_len=case.max_query_len, plan=plan)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("checked again")
 
     with mode():
-        expected = attend()
-        monkeypatch.setattr(pagedattn.ops, "_prepare_attention", refuse)
-        assert torch.equal(attend(), expected)
+        expected = attend(case.seq_lens)
+        with monkeypatch.context() as patch:
+            patch.setattr(pagedattn.ops, "_prepare_attention", refuse)
+            assert torch.equal(attend(case.seq_lens), expected)
+            if has_plan:
+                return
+            changed = attend(shorter.seq_lens)  # planned anew
+        assert not torch.equal(changed, expected)
+        torch.testing.assert_close(changed[1:], expected[1:], rtol=0, atol=2e-3)  # the other sequence's, cut elsewhere
