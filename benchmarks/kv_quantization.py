@@ -62,7 +62,7 @@ def evaluate(decoder: Decoder, cache: KVCache, windows: Tensor) -> tuple[float, 
     """Perplexity over windows [W, 1024], and the most likely next token after each of their tokens."""
     loss, best = 0.0, []
     for tokens in windows:
-        logits = decoder.forward(window_batch(tokens), cache)
+        logits = decoder.forward(window_batch(tokens), cache).float()
         loss += float(torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum"))
         best.append(logits.argmax(-1))
     return math.exp(loss / (windows.numel() - len(windows))), torch.stack(best)

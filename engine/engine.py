@@ -56,7 +56,7 @@ class Cache(Protocol):
 
 
 class Model(Protocol):
-    """What the engine needs of a decoder: a batch's logits, fp32 [L, vocabulary]; keys and values go to ``cache``."""
+    """What the engine needs of a decoder: a batch's logits, [L, vocabulary]; keys and values go to ``cache``."""
 
     def forward(self, batch: BatchTensors, cache: Any) -> Tensor: ...
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagedattn import ops
+from pagedattn import layer_ops, ops
 from pagedattn.engine.kv_cache import KVCache, LayerCache
 
 if TYPE_CHECKING:
@@ -228,6 +228,9 @@ class DecoderLayer:
                 yield name, weight
 
 
+Plans = dict[int | None, ops.AttentionPlan]  # by the layers' window
+
+
 class Decoder:
     """The decoder: embedding, layers, final norm, output projection.
 
@@ -254,19 +257,10 @@ class Decoder:
         self.lm_head = self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding)
         self.cos_sin = config.rope.cos_sin_table(max_model_len, self.device)
 
-    def forward(self, batch: BatchTensors, cache: KVCache) -> Tensor:
-        """Run one step.
-
-        Args:
-            batch: ``T`` tokens of ``B`` sequences; rows past ``query_start_loc[B]`` are padding (slot -1).
-            cache: where the step's keys and values go and the earlier ones are; on the decoder's device, of its dtype
-                or quantized.
-
-        Returns:
-            fp32 ``[L, vocab_size]``, the logits of the rows ``batch.logits_indices``.
-        """
+    def plan(self, batch: BatchTensors, cache: KVCache, out: Plans | None = None) -> Plans:
+        """Cut up the step's attention, once for all layers that see alike. ``out``: plans to rewrite in place."""
         config = self.config
-        plans = {
+        return {
             window: ops.plan_attention(
                 batch.seq_lens,
                 batch.query_start_loc,
@@ -277,16 +271,32 @@ class Decoder:
                 max_query_len=batch.max_query_len,
                 max_seq_len=batch.max_seq_len,
                 sliding_window=window,
+                out=None if out is None else out[window],
             )
             for window in dict.fromkeys(cache.groups.windows)
         }
+
+    def forward(self, batch: BatchTensors, cache: KVCache, plans: Plans | None = None) -> Tensor:
+        """Run one step. On a GPU it only enqueues work, all of it from shapes and host integers, as a CUDA graph needs.
+
+        Args:
+            batch: ``T`` tokens of ``B`` sequences; rows past ``query_start_loc[B]`` are padding (slot -1).
+            cache: where the step's keys and values go and the earlier ones are; on the decoder's device, of its dtype
+                or quantized.
+            plans: what ``plan`` made of this batch; None makes them.
+
+        Returns:
+            ``[L, vocab_size]`` in the decoder's dtype, the logits of the rows ``batch.logits_indices``.
+        """
+        if plans is None:
+            plans = self.plan(batch, cache)
         hidden = F.embedding(batch.input_ids, self.embedding)  # [T, hidden], the residual stream, updated in place
         for layer, layer_cache, group in zip(self.layers, cache.layers, cache.groups.group_of_layer, strict=True):
             window = cache.groups.windows[group]
             self._add_attention(hidden, layer, batch, group, window, plans[window], layer_cache)
             self._add_mlp(hidden, layer)
         hidden = self._norm(hidden.index_select(0, batch.logits_indices), self.final_norm)
-        return F.linear(hidden, self.lm_head).float()
+        return F.linear(hidden, self.lm_head)
 
     def _add_attention(
         self,
@@ -304,7 +314,7 @@ class Decoder:
         heads = heads.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_size)
         query, key, value = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
+            layer_ops.query_key_norm(query, key, layer.query_norm, layer.key_norm, config.rms_norm_eps)
         ops.rope_append_kv(
             query,
             key,
@@ -337,12 +347,11 @@ class Decoder:
             hidden += layer.output_bias
 
     def _add_mlp(self, hidden: Tensor, layer: DecoderLayer) -> None:
-        gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        hidden.addmm_(F.silu(gate).mul_(up), layer.down.t())
+        gate_up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up)
+        hidden.addmm_(layer_ops.silu_and_mul(gate_up), layer.down.t())
 
     def _norm(self, values: Tensor, weight: Tensor) -> Tensor:
-        # rms_norm accumulates in fp32 whatever the dtype, as the models were trained.
-        return F.rms_norm(values, weight.shape, weight, self.config.rms_norm_eps)
+        return layer_ops.rms_norm(values, weight, self.config.rms_norm_eps)
 
     def weight_slots(self) -> dict[str, Tensor]:
         """Every weight that a checkpoint must bring, by name, as the tensor that it is loaded into."""

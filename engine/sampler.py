@@ -103,7 +103,7 @@ def _raw_logprobs(logits: Tensor, requests: Sequence[Request]) -> tuple[list[int
     rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
     if not rows:
         return None
-    return rows, torch.log_softmax(logits[_index(rows, logits)], dim=-1)
+    return rows, torch.log_softmax(logits[_index(rows, logits)].float(), dim=-1)
 
 
 def _chosen_logprobs(

@@ -17,7 +17,7 @@ from pagedattn.checks import FLOAT_DTYPES, check_dense, check_index, check_rows,
 from pagedattn.kernels import layers_reference, sampling_reference
 from pagedattn.kernels.sampling_reference import as_int64 as as_int64  # what makes the bits of seeds
 from pagedattn.kernels.sampling_reference import derive_seed as derive_seed
-from pagedattn.ops import fake_of_mutation, register
+from pagedattn.ops import fake_of_mutation, register, uses_triton
 
 MAX_NORM_SIZE = 32768  # a row is held in the registers of one thread block
 
@@ -93,9 +93,18 @@ def _check_sampling(
     require_no_grad(logits=logits, temperature=temperature, top_p=top_p, min_p=min_p)
 
 
+def _layers(tensor: Tensor) -> Any:
+    """The module whose functions compute on a tensor like this one."""
+    if not uses_triton(tensor):
+        return layers_reference
+    from pagedattn.kernels import layers
+
+    return layers
+
+
 def _rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check_norm(values, weight, eps)
-    return layers_reference.rms_norm(values, weight, eps)
+    return _layers(values).rms_norm(values, weight, eps)
 
 
 def _rms_norm_fake(values: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -105,7 +114,7 @@ def _rms_norm_fake(values: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check_add_norm(hidden, residual, weight, eps)
-    return layers_reference.add_rms_norm(hidden, residual, weight, eps)
+    return _layers(residual).add_rms_norm(hidden, residual, weight, eps)
 
 
 def _add_rms_norm_fake(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -115,12 +124,12 @@ def _add_rms_norm_fake(hidden: Tensor, residual: Tensor, weight: Tensor, eps: fl
 
 def _query_key_norm(query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float) -> None:
     _check_query_key_norm(query, key, query_weight, key_weight, eps)
-    layers_reference.query_key_norm(query, key, query_weight, key_weight, eps)
+    _layers(query).query_key_norm(query, key, query_weight, key_weight, eps)
 
 
 def _silu_and_mul(gate_up: Tensor) -> Tensor:
     _check_silu_and_mul(gate_up)
-    return layers_reference.silu_and_mul(gate_up)
+    return _layers(gate_up).silu_and_mul(gate_up)
 
 
 def _silu_and_mul_fake(gate_up: Tensor) -> Tensor:
@@ -130,7 +139,11 @@ def _silu_and_mul_fake(gate_up: Tensor) -> Tensor:
 
 def _sample_tokens(*args: Tensor) -> Tensor:
     _check_sampling(*args)
-    return sampling_reference.sample_tokens(*args)
+    if not uses_triton(args[0]):
+        return sampling_reference.sample_tokens(*args)
+    from pagedattn.kernels import sampling
+
+    return sampling.sample_tokens(*args)
 
 
 def _sample_tokens_fake(*args: Tensor) -> Tensor:

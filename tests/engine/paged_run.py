@@ -30,7 +30,7 @@ class PagedRun:
 
     @torch.inference_mode()
     def step(self, tokens: dict[int, list[int]], num_padding: int = 0) -> Tensor:
-        """Append tokens to sequences; the logits of every new token, in order, fp32 ``[T, vocab_size]``."""
+        """Append tokens to sequences; the logits of every new token, in order, ``[T, vocab_size]``."""
         starts = {seq: self.lengths[seq] for seq in tokens}
         for seq, ids in tokens.items():
             self.lengths[seq] += len(ids)

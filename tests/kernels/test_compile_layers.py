@@ -1,0 +1,73 @@
+"""The kernels around matrix products compile for every chip that we name. No GPU: Triton ships ptxas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.kernels.test_compile import SHARED_MEMORY, compile_kernel, pytestmark
+
+__all__ = ["pytestmark"]
+
+CAPABILITIES = (80, 90, 120)
+assert set(CAPABILITIES) <= set(SHARED_MEMORY)
+
+
+def pointers_of(kernel: Any, element: str, **others: str) -> dict[str, str]:
+    return {name: element for name in kernel.arg_names if name.endswith("_ptr")} | others
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("element", ["*bf16", "*fp32"])
+def test_layers_compile(capability: int, element: str) -> None:
+    from pagedattn.kernels import layers
+
+    overlap = {"OVERLAP": capability >= 90}
+    options: dict[str, Any] = {"num_warps": 4, "launch_pdl": capability >= 90}
+    for size in (576, 4096):
+        for has_residual in (False, True):
+            kernel = layers.rms_norm_kernel
+            constants = {"SIZE": size, "BLOCK": 1 << (size - 1).bit_length(), "HAS_RESIDUAL": has_residual, **overlap}
+            compile_kernel(kernel, capability, pointers_of(kernel, element, eps="fp32"), constants, **options)
+    kernel = layers.silu_and_mul_kernel
+    constants = {"SIZE": 1536, "BLOCK": 1024, **overlap}
+    compile_kernel(kernel, capability, pointers_of(kernel, element), constants, **options)
+    kernel = layers.query_key_norm_kernel
+    constants = {"NUM_HEADS": 16, "NUM_KV_HEADS": 8, "HEADS": 8, "QUERY_PROGRAMS": 2, "HEAD_DIM": 128}
+    constants |= {"DIM_PADDED": 128, **overlap}
+    compile_kernel(kernel, capability, pointers_of(kernel, element, eps="fp32"), constants, **options)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("element", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("vocab_size", [259, 128_256])
+def test_sampling_compiles(capability: int, element: str, vocab_size: int) -> None:
+    from pagedattn.kernels import sampling
+
+    cut = sampling.choose_sampling_launch(vocab_size)
+    tiles = cut.num_tiles(vocab_size)
+    options: dict[str, Any] = {"launch_pdl": capability >= 90}
+    shared = {"NUM_TILES": tiles, "TILE": cut.tile, "OVERLAP": capability >= 90}
+    pointers = {"sums_ptr": "*fp64", "integers_ptr": "*i32", "top_k_ptr": "*i32", "logits_ptr": element}
+    kernel = sampling.summarize_tiles_kernel
+    constants = {"GROUP": cut.group, "IN_FP32": sampling.IN_FP32, **shared}
+    compile_kernel(
+        kernel, capability, pointers_of(kernel, "*fp32", **pointers), constants, num_warps=cut.tile_warps, **options
+    )
+    kernel = sampling.choose_tokens_kernel
+    pointers |= {"tokens_ptr": "*i64", "seed_ptr": "*i64", "position_ptr": "*i64", "copies_ptr": element}
+    groups = -(-vocab_size // cut.group)
+    constants = {
+        "TILES_PADDED": 1 << (tiles - 1).bit_length(),
+        "NUM_GROUPS": groups,
+        "GROUPS_PADDED": 1 << (groups - 1).bit_length(),
+        "CAPACITY": cut.capacity,
+        "GAMMA": sampling.GOLDEN_GAMMA,
+        "FACTOR_A": sampling.MIX_FACTORS[0],
+        "FACTOR_B": sampling.MIX_FACTORS[1],
+        **shared,
+    }
+    compile_kernel(
+        kernel, capability, pointers_of(kernel, "*fp32", **pointers), constants, num_warps=cut.row_warps, **options
+    )
