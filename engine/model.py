@@ -295,8 +295,8 @@ class Decoder:
             window = cache.groups.windows[group]
             self._add_attention(hidden, layer, batch, group, window, plans[window], layer_cache)
             self._add_mlp(hidden, layer)
-        hidden = self._norm(hidden.index_select(0, batch.logits_indices), self.final_norm)
-        return F.linear(hidden, self.lm_head)
+        last = hidden.index_select(0, batch.logits_indices)
+        return layer_ops.norm_linear(last, self.final_norm, self.config.rms_norm_eps, self.lm_head)
 
     def _add_attention(
         self,
@@ -309,8 +309,9 @@ class Decoder:
         cache: LayerCache,
     ) -> None:
         config = self.config
-        normed = self._norm(hidden, layer.attention_norm)
-        heads = F.linear(normed, layer.query_key_value, layer.query_key_value_bias)
+        heads = layer_ops.norm_linear(
+            hidden, layer.attention_norm, config.rms_norm_eps, layer.query_key_value, layer.query_key_value_bias
+        )
         heads = heads.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_size)
         query, key, value = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -342,16 +343,11 @@ class Decoder:
             v_scale=cache.v_scale,
             plan=plan,
         )
-        hidden.addmm_(attended.flatten(1), layer.output.t())
-        if layer.output_bias is not None:
-            hidden += layer.output_bias
+        layer_ops.add_linear(hidden, attended.flatten(1), layer.output, layer.output_bias)
 
     def _add_mlp(self, hidden: Tensor, layer: DecoderLayer) -> None:
-        gate_up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up)
-        hidden.addmm_(layer_ops.silu_and_mul(gate_up), layer.down.t())
-
-    def _norm(self, values: Tensor, weight: Tensor) -> Tensor:
-        return layer_ops.rms_norm(values, weight, self.config.rms_norm_eps)
+        gated = layer_ops.norm_linear(hidden, layer.mlp_norm, self.config.rms_norm_eps, layer.gate_up, gated=True)
+        layer_ops.add_linear(hidden, gated, layer.down)
 
     def weight_slots(self) -> dict[str, Tensor]:
         """Every weight that a checkpoint must bring, by name, as the tensor that it is loaded into."""

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedattn.kernels.launcher import Launcher, specialized
+from pagedattn.kernels.overlap import let_next_start, overlaps, wait_for_previous
 from pagedattn.kernels.quantization import LARGEST, scale_mode, token_strides
 from pagedattn.kernels.tiling import next_power_of_2
 
@@ -235,8 +236,11 @@ def append_kv_kernel(
     LARGEST: tl.constexpr,
     K_SCALE: tl.constexpr,
     V_SCALE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """HEADS and KV_HEADS: of a program. A token's first KV_PROGRAMS take its keys and values, the others its query."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     if part < KV_PROGRAMS:
@@ -340,12 +344,14 @@ class PreparedAppend:
         launch = choose_append_launch(num_tokens, num_heads, num_kv_heads, max(head_size, head_size_v))
         kv_programs = -(-num_kv_heads // launch.kv_heads)
         query_programs = 0 if query is None else -(-num_heads // launch.heads)
+        overlap = overlaps(key.device)
         constants = (
             key_cache.shape[1],
             num_heads, launch.heads, num_kv_heads, launch.kv_heads, kv_programs,
             head_size, next_power_of_2(head_size), head_size_v, next_power_of_2(head_size_v),
             rotary_dim, next_power_of_2(max(1, rotary_dim // 2)), interleaved,
             cache_format, LARGEST.get(key_cache.dtype, 0.0), scale_mode(k_scale), scale_mode(v_scale),
+            overlap,
         )  # fmt: skip
         self._launch = launch_append.prepare(
             (key.dtype, key_cache.dtype, specialized(strides), constants),
@@ -354,6 +360,7 @@ class PreparedAppend:
             (*strides, *constants),
             sees_bits=True,  # fp8 is made by bit arithmetic
             num_warps=launch.num_warps,
+            launch_pdl=overlap,
             enable_fp_fusion=False,  # rotated keys are rounded as the reference rounds them, and so are their scales
         )
 

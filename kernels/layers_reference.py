@@ -29,3 +29,18 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """[T, 2 I], gates before what they let through, as [T, I]: silu(gate) * up."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def norm_linear(
+    values: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool
+) -> Tensor:
+    """rms_norm(values) [T, K] times weight [N, K]; gated: [T, N / 2], silu of the first half times the second."""
+    product = F.linear(rms_norm(values, norm_weight, eps), weight, bias)
+    return silu_and_mul(product) if gated else product
+
+
+def add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Add values [T, K] times weight [N, K] to residual [T, N] in place."""
+    residual.addmm_(values, weight.t())
+    if bias is not None:
+        residual += bias

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagedattn.checks import FLOAT_DTYPES, check_dense, check_index, check_rows, fail, require_no_grad, require_tensor
+from pagedattn.checks import (
+    FLOAT_DTYPES,
+    check_dense,
+    check_index,
+    check_rows,
+    fail,
+    require_bool,
+    require_no_grad,
+    require_tensor,
+)
 from pagedattn.kernels import layers_reference, sampling_reference
 from pagedattn.kernels.sampling_reference import as_int64 as as_int64  # what makes the bits of seeds
 from pagedattn.kernels.sampling_reference import derive_seed as derive_seed
@@ -72,6 +81,38 @@ def _check_silu_and_mul(gate_up: Tensor) -> None:
     if gate_up.shape[1] % 2:
         fail("gate_up", gate_up, "of an even number of columns")
     require_no_grad(gate_up=gate_up)
+
+
+def _check_linear(name: str, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_matrix(name, values)
+    fits = weight.ndim == 2 and weight.shape[1] == values.shape[1] and weight.dtype == values.dtype
+    if not fits or weight.device != values.device or not weight.is_contiguous():
+        fail("weight", weight, f"contiguous {values.dtype} [N, {values.shape[1]}] on {values.device} like {name}")
+    if bias is not None:
+        fits = bias.shape == (weight.shape[0],) and bias.dtype == values.dtype and bias.device == values.device
+        if not fits:
+            fail("bias", bias, f"{values.dtype} [{weight.shape[0]}] on {values.device} like weight")
+        check_dense("bias", bias)
+    require_no_grad(values=values, weight=weight, bias=bias)
+
+
+def _check_norm_linear(
+    values: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool
+) -> None:
+    _check_linear("values", values, weight, bias)
+    _check_weight("norm_weight", norm_weight, values)
+    if gated and (weight.shape[0] % 2 or bias is not None):
+        fail("gated", gated, "False for a weight of an odd number of rows, or with a bias")
+    require_no_grad(norm_weight=norm_weight)
+
+
+def _check_add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_linear("values", values, weight, bias)
+    _check_matrix("residual", residual, columns=weight.shape[0])
+    fits = residual.shape[0] == values.shape[0] and residual.dtype == values.dtype and residual.device == values.device
+    if not fits:
+        fail("residual", residual, f"{values.dtype} [{values.shape[0]}, {weight.shape[0]}] on {values.device}")
+    require_no_grad(residual=residual)
 
 
 def _check_sampling(
@@ -137,6 +178,34 @@ def _silu_and_mul_fake(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
+def _linear(tensor: Tensor) -> Any:
+    """As ``_layers``, for products."""
+    if not uses_triton(tensor):
+        return layers_reference
+    from pagedattn.kernels import linear
+
+    return linear
+
+
+def _norm_linear(
+    values: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool
+) -> Tensor:
+    _check_norm_linear(values, norm_weight, eps, weight, bias, gated)
+    return _linear(values).norm_linear(values, norm_weight, eps, weight, bias, gated)
+
+
+def _norm_linear_fake(
+    values: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool
+) -> Tensor:
+    _check_norm_linear(values, norm_weight, eps, weight, bias, gated)
+    return values.new_empty((values.shape[0], weight.shape[0] // (2 if gated else 1)))
+
+
+def _add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_add_linear(residual, values, weight, bias)
+    _linear(values).add_linear(residual, values, weight, bias)
+
+
 def _sample_tokens(*args: Tensor) -> Tensor:
     _check_sampling(*args)
     if not uses_triton(args[0]):
@@ -166,6 +235,18 @@ register(
     fake_of_mutation(_check_query_key_norm),
 )
 register("silu_and_mul", "(Tensor gate_up) -> Tensor", _silu_and_mul, _silu_and_mul_fake)
+register(
+    "norm_linear",
+    "(Tensor values, Tensor norm_weight, float eps, Tensor weight, Tensor? bias, bool gated) -> Tensor",
+    _norm_linear,
+    _norm_linear_fake,
+)
+register(
+    "add_linear",
+    "(Tensor(a!) residual, Tensor values, Tensor weight, Tensor? bias) -> ()",
+    _add_linear,
+    fake_of_mutation(_check_add_linear),
+)
 register(
     "sample_tokens",
     "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position) "
@@ -249,6 +330,56 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """
     _require_tensors(gate_up=gate_up)
     return torch.ops.pagedattn.silu_and_mul.default(gate_up)
+
+
+def norm_linear(
+    values: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gated: bool = False,
+) -> Tensor:
+    """``rms_norm`` of values, times a matrix, and ``silu_and_mul`` of that if it is gated.
+
+    On a GPU a few rows take one launch. It reads weight, bias and norm_weight while the work ahead of it may still run:
+    they must be older than that.
+
+    Args:
+        values: [T, K] fp16, bf16 or fp32.
+        norm_weight: [K], the dtype of values; eps is added to the mean of squares.
+        weight: [N, K], contiguous.
+        bias: [N]; not with gated.
+        gated: the first half of weight makes gates for the second.
+
+    Returns:
+        [T, N]; gated: [T, N / 2].
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+    """
+    _require_tensors(values=values, norm_weight=norm_weight, weight=weight)
+    require_tensor("bias", bias, optional=True)
+    require_bool("gated", gated)
+    return torch.ops.pagedattn.norm_linear.default(values, norm_weight, eps, weight, bias, gated)
+
+
+def add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Add values times a matrix to the residual stream, in place.
+
+    Args:
+        residual: [T, N] fp16, bf16 or fp32, written in place.
+        values: [T, K].
+        weight: [N, K], contiguous; like bias it must be older than the work ahead, as in ``norm_linear``.
+        bias: [N].
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+    """
+    _require_tensors(residual=residual, values=values, weight=weight)
+    require_tensor("bias", bias, optional=True)
+    torch.ops.pagedattn.add_linear.default(residual, values, weight, bias)
 
 
 def sample_tokens(

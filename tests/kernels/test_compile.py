@@ -307,6 +307,7 @@ def test_the_other_kernels_compile(capability: int) -> None:
                 "LARGEST": 7.0,
                 "K_SCALE": TOKEN_SCALE if cache_format != "cast" else NO_SCALE,
                 "V_SCALE": HEAD_SCALE if cache_format != "cast" else NO_SCALE,
+                "OVERLAP": capability >= 90,
             }
             compiled = compile_kernel(
                 append_kv_kernel, capability, pointers, append_constants, num_warps=4, enable_fp_fusion=False
