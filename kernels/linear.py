@@ -2,8 +2,8 @@
 
 A product with few rows reads its weights and does little else. Weights depend on nothing, so a program asks for its
 own, whole rows [BLOCK_N, SIZE] of the matrix, before it waits for the kernel ahead: that one's end, this one's start
-and the memory's latency overlap. And the norm before the product, the gate behind it, or the residual that it is added to
-cost no launch of their own. Norms are a factor of the sum, so nothing is rounded before the product.
+and the memory's latency overlap. And the norm before the product, the gate behind it, or the residual that it is added
+to cost no launch of their own. Norms are a factor of the sum, so nothing is rounded before the product.
 
 Memory: values [T, K], weight [N, K], dense; a gated product has the gates' rows first, then as many others.
 """
@@ -127,7 +127,7 @@ def _few_rows_linear(
         rows, size, cut.block_n, next_power_of_2(size), bias is not None, norm_weight is not None, gated, adds, overlap,
     )  # fmt: skip
     launch = launch_linear.prepare(
-        (values.dtype, specialized(sizes), constants),
+        (values.dtype, specialized(sizes), constants, cut),
         (-(-num_outputs // cut.block_n), 1),
         values.device,
         (eps, *sizes, *constants),
