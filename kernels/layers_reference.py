@@ -41,6 +41,7 @@ def norm_linear(
 
 def add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Add values [T, K] times weight [N, K] to residual [T, N] in place."""
-    residual.addmm_(values, weight.t())
-    if bias is not None:
-        residual += bias
+    if bias is None:
+        residual.addmm_(values, weight.t())
+    else:
+        residual += F.linear(values, weight, bias)

@@ -1,7 +1,7 @@
 """Matrix products with what is around them. For a few rows: one launch of a kernel of ours. For more: the vendor's.
 
 A product with few rows reads its weights and does little else. Weights depend on nothing, so a program asks for its
-own, whole rows [BLOCK_N, SIZE] of the matrix, before it waits for the kernel ahead: that one's end, this one's start
+own, BLOCK_N whole rows of the matrix, before it waits for the kernel ahead: that one's end, this one's start
 and the memory's latency overlap. And the norm before the product, the gate behind it, or the residual that it is added
 to cost no launch of their own. Norms are a factor of the sum, so nothing is rounded before the product.
 
@@ -23,19 +23,44 @@ from pagedattn.kernels.layers import silu
 from pagedattn.kernels.overlap import let_next_start, overlaps, wait_for_previous
 from pagedattn.kernels.tiling import next_power_of_2
 
-FEW_ROWS = 4
+
+@triton.jit
+def columns(BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr):
+    """The columns of pieces [CHUNKS * BLOCK_N, LANES] of rows: piece i is chunk i // BLOCK_N of row i % BLOCK_N.
+
+    The compiler spreads warps over LANES first, then over pieces in turn. So with LANES of one warp each warp has rows
+    of its own, and no sum crosses warps; with LANES of all warps a thread has a bit of each row, and needs but one of
+    the values.
+    """
+    return tl.arange(0, CHUNKS * BLOCK_N)[:, None] // BLOCK_N * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
-def load_rows(weight_ptr, row, num_rows, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows [N] of a matrix, whole: [N, BLOCK_K], zero where there is nothing. They are not read twice."""
-    column = tl.arange(0, BLOCK_K)[None, :]
-    mask = (row < num_rows)[:, None] & (column < SIZE)
-    pointers = weight_ptr + row.to(tl.int64)[:, None] * SIZE + column
-    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+def load_rows(
+    weight_ptr, first_row, num_rows, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N whole rows of a matrix in pieces, zero where there is nothing. Nobody reads them again."""
+    row = (first_row + tl.arange(0, CHUNKS * BLOCK_N) % BLOCK_N)[:, None]
+    column = columns(BLOCK_N, CHUNKS, LANES)
+    mask = (row < num_rows) & (column < SIZE)
+    return tl.load(weight_ptr + row.to(tl.int64) * SIZE + column, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
+def load_row(row_ptr, size, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr):
+    """``size`` elements of one row, in the layout of ``load_rows``."""
+    column = columns(BLOCK_N, CHUNKS, LANES)
+    return tl.load(row_ptr + column, mask=column < size, other=0.0)
+
+
+@triton.jit
+def sum_rows(pieces, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr):
+    """The sums of BLOCK_N rows: first of what a thread holds, then across lanes."""
+    return tl.sum(tl.sum(tl.reshape(pieces, (CHUNKS, BLOCK_N, LANES)), axis=0), axis=1)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def few_rows_linear_kernel(
     out_ptr,
     values_ptr,
@@ -43,13 +68,15 @@ def few_rows_linear_kernel(
     bias_ptr,
     norm_weight_ptr,
     eps,
+    num_rows,
     num_outputs,
     stride_out,
     stride_values,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     GATED: tl.constexpr,
@@ -57,33 +84,37 @@ def few_rows_linear_kernel(
     OVERLAP: tl.constexpr,
 ):
     let_next_start(OVERLAP)
-    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * BLOCK_N
+    output = first + tl.arange(0, BLOCK_N)
     exists = output < num_outputs
-    column = tl.arange(0, BLOCK_K)
-    inside = column < SIZE
-    weight = load_rows(weight_ptr, output, num_outputs, SIZE, BLOCK_K)
+    weight = load_rows(weight_ptr, first, num_outputs, SIZE, BLOCK_N, CHUNKS, LANES)
     if GATED:
-        others = load_rows(weight_ptr + num_outputs.to(tl.int64) * SIZE, output, num_outputs, SIZE, BLOCK_K)
+        others = load_rows(
+            weight_ptr + num_outputs.to(tl.int64) * SIZE, first, num_outputs, SIZE, BLOCK_N, CHUNKS, LANES
+        )  # fmt: skip
     if HAS_NORM:
-        norm_weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        norm_weight = load_row(norm_weight_ptr, SIZE, BLOCK_N, CHUNKS, LANES)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + output, mask=exists, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
     for row in tl.static_range(ROWS):
-        values = tl.load(values_ptr + row * stride_values + column, mask=inside, other=0.0).to(tl.float32)
+        is_row = num_rows > row
+        values = load_row(values_ptr + row * stride_values, tl.where(is_row, SIZE, 0), BLOCK_N, CHUNKS, LANES)
+        values = values.to(tl.float32)
         factor = 1.0
         if HAS_NORM:
-            factor = 1.0 / tl.sqrt_rn(tl.sum(values * values, axis=0) / SIZE + eps)
-            values *= norm_weight
-        result = tl.sum(weight.to(tl.float32) * values[None, :], axis=1) * factor
+            factor = 1.0 / tl.sqrt_rn(sum_rows(values * values, BLOCK_N, CHUNKS, LANES) / SIZE + eps)
+            values *= norm_weight.to(tl.float32)
+        result = sum_rows(weight.to(tl.float32) * values, BLOCK_N, CHUNKS, LANES) * factor
         if HAS_BIAS:
             result += bias
         if GATED:
-            result = silu(result) * (tl.sum(others.to(tl.float32) * values[None, :], axis=1) * factor)
+            result = silu(result) * (sum_rows(others.to(tl.float32) * values, BLOCK_N, CHUNKS, LANES) * factor)
         row_ptr = out_ptr + row * stride_out + output
+        written = output < tl.where(is_row, num_outputs, 0)
         if ADDS:
-            result += tl.load(row_ptr, mask=exists, other=0.0).to(tl.float32)
-        tl.store(row_ptr, result.to(out_ptr.dtype.element_ty), mask=exists)
+            result += tl.load(row_ptr, mask=written, other=0.0).to(tl.float32)
+        tl.store(row_ptr, result.to(out_ptr.dtype.element_ty), mask=written)
 
 
 # --- launching --------------------------------------------------------------------------------------------------------
@@ -91,23 +122,37 @@ def few_rows_linear_kernel(
 
 @dataclass(frozen=True)
 class LinearLaunch:
-    """How many outputs a program computes, and with how many warps."""
+    """How a product with a few rows is cut."""
 
-    block_n: int
+    rows: int  # at the most
+    block_n: int  # outputs of a program
+    lanes: int  # columns that lie side by side over threads; the others a thread takes one after the other
+    chunks: int
     num_warps: int
 
 
-def choose_linear_launch(num_outputs: int, size: int, gated: bool) -> LinearLaunch:
-    """Few outputs are spread over many programs; a thread asks for about 64 weights, which fill its registers."""
-    block_k = next_power_of_2(size)
-    block_n = 4
-    if num_outputs >= 1 << 15 and block_k <= 1024:
-        block_n = 16
-    elements = block_n * block_k * (2 if gated else 1)
-    return LinearLaunch(block_n, max(4, min(16, elements // (32 * 64))))
+FEW_ROWS = 16  # with few weights, when launches are all that counts
+FEW_ROWS_OF_MANY_WEIGHTS = 4  # beyond, the arithmetic on them takes as long as reading them
+MANY_WEIGHTS = 1 << 22
+WARP_LANES = 256  # a warp's loads of 8 weights a thread
+WEIGHTS_PER_THREAD = 64  # asked for at once
+
+
+def choose_linear_launch(num_rows: int, num_outputs: int, size: int, gated: bool) -> LinearLaunch | None:
+    """None: leave it to the vendor. Few outputs are spread over many programs."""
+    matrices = 2 if gated else 1
+    if not 0 < num_rows <= (FEW_ROWS_OF_MANY_WEIGHTS if matrices * num_outputs * size > MANY_WEIGHTS else FEW_ROWS):
+        return None
+    padded = max(WARP_LANES, next_power_of_2(size))
+    per_output = matrices * padded // 32  # of a thread, if an output has one warp
+    block_n = 4 if per_output <= 2 * WEIGHTS_PER_THREAD else 2
+    num_warps = max(4, min(16, block_n * per_output // WEIGHTS_PER_THREAD))
+    lanes = WARP_LANES if num_warps <= block_n else min(padded, WARP_LANES * num_warps)
+    return LinearLaunch(next_power_of_2(num_rows), block_n, lanes, padded // lanes, num_warps)
 
 
 def _few_rows_linear(
+    cut: LinearLaunch,
     out: Tensor,
     values: Tensor,
     weight: Tensor,
@@ -117,20 +162,20 @@ def _few_rows_linear(
     gated: bool,
     adds: bool,
 ) -> None:
-    """Rows [T, K], T at most FEW_ROWS, times weight [N, K] into out."""
+    """Rows [T, K], T at most ``cut.rows``, times weight [N, K] into out."""
     rows, size = values.shape
     num_outputs = out.shape[1]
-    cut = choose_linear_launch(num_outputs, size, gated)
     overlap = overlaps(values.device)
     sizes = (num_outputs, out.stride(0), values.stride(0))
     constants = (
-        rows, size, cut.block_n, next_power_of_2(size), bias is not None, norm_weight is not None, gated, adds, overlap,
+        cut.rows, size, cut.block_n, cut.chunks, cut.lanes,
+        bias is not None, norm_weight is not None, gated, adds, overlap,
     )  # fmt: skip
     launch = launch_linear.prepare(
         (values.dtype, specialized(sizes), constants, cut),
         (-(-num_outputs // cut.block_n), 1),
         values.device,
-        (eps, *sizes, *constants),
+        (eps, rows, *sizes, *constants),
         num_warps=cut.num_warps,
         launch_pdl=overlap,
     )
@@ -141,9 +186,11 @@ def norm_linear(
     values: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool
 ) -> Tensor:
     """rms_norm(values) [T, K] times weight [N, K]; gated: [T, N / 2], silu of the first half times the second."""
-    if 0 < values.shape[0] <= FEW_ROWS:
-        out = values.new_empty((values.shape[0], weight.shape[0] // (2 if gated else 1)))
-        _few_rows_linear(out, values, weight, bias, norm_weight, eps, gated, adds=False)
+    num_outputs = weight.shape[0] // (2 if gated else 1)
+    cut = choose_linear_launch(values.shape[0], num_outputs, values.shape[1], gated)
+    if cut is not None:
+        out = values.new_empty((values.shape[0], num_outputs))
+        _few_rows_linear(cut, out, values, weight, bias, norm_weight, eps, gated, adds=False)
         return out
     product = F.linear(layers.rms_norm(values, norm_weight, eps), weight, bias)
     return layers.silu_and_mul(product) if gated else product
@@ -151,12 +198,14 @@ def norm_linear(
 
 def add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Add values [T, K] times weight [N, K] to residual [T, N] in place."""
-    if 0 < values.shape[0] <= FEW_ROWS:
-        _few_rows_linear(residual, values, weight, bias, None, 0.0, gated=False, adds=True)
+    cut = choose_linear_launch(values.shape[0], *weight.shape, gated=False)
+    if cut is not None:
+        _few_rows_linear(cut, residual, values, weight, bias, None, 0.0, gated=False, adds=True)
         return
-    residual.addmm_(values, weight.t())
-    if bias is not None:
-        residual += bias
+    if bias is None:
+        residual.addmm_(values, weight.t())
+    else:
+        residual += F.linear(values, weight, bias)
 
 
 launch_linear = Launcher(few_rows_linear_kernel)

@@ -41,6 +41,30 @@ def test_layers_compile(capability: int, element: str) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("element", ["*bf16", "*fp32"])
+def test_products_compile(capability: int, element: str) -> None:
+    """Where a warp has outputs of its own, no thread waits for another but to hand out the results."""
+    from pagedattn.kernels import linear
+
+    kernel = linear.few_rows_linear_kernel
+    for rows, outputs, size, gated in ((1, 576, 1536, False), (4, 14336, 4096, True)):
+        cut = linear.choose_linear_launch(rows, outputs, size, gated)
+        assert cut is not None
+        constants = {"ROWS": cut.rows, "SIZE": size, "BLOCK_N": cut.block_n, "CHUNKS": cut.chunks, "LANES": cut.lanes}
+        constants |= {"HAS_BIAS": not gated, "HAS_NORM": gated, "GATED": gated, "ADDS": not gated}
+        compiled = compile_kernel(
+            kernel,
+            capability,
+            pointers_of(kernel, element, eps="fp32"),
+            {**constants, "OVERLAP": capability >= 90},
+            num_warps=cut.num_warps,
+            launch_pdl=capability >= 90,
+        )
+        if cut.lanes == linear.WARP_LANES and element == "*bf16":
+            assert compiled.asm["ptx"].count("bar.sync") <= 2 * rows
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("element", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("vocab_size", [259, 128_256])
 def test_sampling_compiles(capability: int, element: str, vocab_size: int) -> None:
     from pagedattn.kernels import sampling

@@ -82,6 +82,53 @@ def test_gated_activation(dtype: torch.dtype, rows: int, size: int) -> None:
         assert_as_good_as(ours, F.silu(gate) * up, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 3, 16, 17])
+@pytest.mark.parametrize(("outputs", "size", "gated"), [(50, 576, False), (50, 576, True), (9, 2100, True)])
+def test_norm_and_product(dtype: torch.dtype, rows: int, outputs: int, size: int, gated: bool) -> None:
+    """From one row to more than one launch takes, with a bias where there is no gate."""
+    values, norm_weight = draw(rows, size, dtype=dtype, scale=3.0), draw(size, dtype=dtype, seed=1)
+    weight = draw(outputs * (2 if gated else 1), size, dtype=dtype, seed=2, scale=size**-0.5)
+    bias = None if gated else draw(outputs, dtype=dtype, seed=3)
+    ours = layer_ops.norm_linear(values, norm_weight, EPS, weight, bias, gated=gated)
+    assert ours.shape == (rows, outputs)
+    plain = F.linear(F.rms_norm(values, (size,), norm_weight, EPS), weight, bias)
+    exact = F.linear(exact_norm(values, norm_weight), weight.double(), None if bias is None else bias.double())
+    if gated:
+        plain, exact = (F.silu(gate) * up for gate, up in (plain.chunk(2, -1), exact.chunk(2, -1)))
+    if rows:
+        assert_as_good_as(ours, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_product_added_to_the_residual(dtype: torch.dtype, rows: int, has_bias: bool) -> None:
+    residual, values = draw(rows, 37, dtype=dtype, scale=4.0), draw(rows, 320, dtype=dtype, seed=1)
+    weight = draw(37, 320, dtype=dtype, seed=2, scale=0.1)
+    bias = draw(37, dtype=dtype, seed=3) if has_bias else None
+    before = residual.clone()
+    layer_ops.add_linear(residual, values, weight, bias)
+    exact = before.double() + F.linear(values.double(), weight.double(), None if bias is None else bias.double())
+    assert_as_good_as(residual, before + F.linear(values, weight, bias), exact)
+
+
+def test_which_products_are_ours() -> None:
+    """Few rows, the fewer the more weights there are; a thread's weights fit its registers."""
+    linear = pytest.importorskip("pagedattn.kernels.linear")
+    small, large = (576, 1536), (28672, 4096)
+    for rows, sizes, is_ours in ((1, large, True), (4, large, True), (5, large, False), (16, small, True)):
+        assert (linear.choose_linear_launch(rows, *sizes, gated=False) is not None) == is_ours
+    assert linear.choose_linear_launch(0, *small, gated=False) is None
+    assert linear.choose_linear_launch(17, *small, gated=False) is None
+    for size in (64, 576, 1536, 4096, 14336):
+        for gated in (False, True):
+            cut = linear.choose_linear_launch(1, 512, size, gated)
+            assert cut.lanes * cut.chunks >= size
+            held = cut.block_n * cut.lanes * cut.chunks * (2 if gated else 1) // (32 * cut.num_warps)
+            assert held <= 2 * linear.WEIGHTS_PER_THREAD
+
+
 def test_extreme_gates() -> None:
     gate_up = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4, 2.0, 2.0, 2.0, 2.0, 2.0]], device=DEVICE)
     assert layer_ops.silu_and_mul(gate_up).tolist() == [[0.0, pytest.approx(0.0), 0.0, 200.0, 2e4]]
@@ -97,6 +144,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "add_rms_norm": (hidden, residual, weight, EPS),
         "query_key_norm": (query, key, weight, weight, EPS),
         "silu_and_mul": (hidden,),
+        "norm_linear": (hidden, weight, EPS, draw(10, 64, dtype=dtype, seed=3), draw(10, dtype=dtype), False),
+        "add_linear": (residual, hidden, draw(64, 64, dtype=dtype, seed=3), None),
     }
 
 
@@ -107,7 +156,7 @@ def test_opcheck(name: str) -> None:
 
 @pytest.mark.parametrize("name", arguments())
 def test_fullgraph_compile(name: str) -> None:
-    op = getattr(layer_ops, name)
+    op = getattr(torch.ops.pagedattn, name).default
     plain, compiled = arguments()[name], arguments()[name]
     expected = op(*plain)
     assert_equal(torch.compile(op, fullgraph=True, backend="aot_eager")(*compiled), expected)
@@ -122,7 +171,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 @pytest.mark.skipif(not IS_CUDA, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("name", arguments())
 def test_cuda_graph(name: str) -> None:
-    op = getattr(layer_ops, name)
+    op = getattr(torch.ops.pagedattn, name).default
     given = arguments()[name]
     op(*given)  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -149,6 +198,11 @@ def test_cuda_graph(name: str) -> None:
         (lambda x, w: layer_ops.silu_and_mul(x.int()), "gate_up: got int32 [4, 64] on"),
         (lambda x, w: layer_ops.query_key_norm(x[:, None], x[:, None, :32], w, w, EPS), "key: got float32 [4, 1, 32]"),
         (lambda x, w: layer_ops.query_key_norm(x[:, None], x[:, None], w, w[1:], EPS), "key_weight: got float32 [63]"),
+        (lambda x, w: layer_ops.norm_linear(x, w, EPS, x[:, :8]), "weight: got float32 [4, 8] on"),
+        (lambda x, w: layer_ops.norm_linear(x, w, EPS, x, w[:4], gated=True), "gated: got True"),
+        (lambda x, w: layer_ops.norm_linear(x, w[1:], EPS, x), "norm_weight: got float32 [63] on"),
+        (lambda x, w: layer_ops.add_linear(x, x, x), "residual: got float32 [4, 64] on"),
+        (lambda x, w: layer_ops.add_linear(x[:, :4], x, x, w), "bias: got float32 [64] on"),
         (lambda x, w: layer_ops.rms_norm(x, w.requires_grad_(), EPS), "weight: requires grad"),
     ],
 )

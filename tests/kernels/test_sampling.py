@@ -15,7 +15,7 @@ from tests.device import DEVICE, DTYPES, INTERPRETED, IS_CUDA
 
 # A draw this close to a step of the CDF falls to either side by how the sums before it were rounded.
 TIE = 2e-6
-ROWS = 24 if INTERPRETED else 200
+ROWS = 8 if INTERPRETED else 200
 
 
 class Parameters(NamedTuple):
@@ -98,7 +98,7 @@ def assert_same_or_tied(found: Tensor, logits: Tensor, given: Parameters, share:
     """Tokens equal the reference's but for a share of rows, in which the draw lies on an end of the token's step."""
     expected = sampling_reference.sample_tokens(logits.cpu(), *(one.cpu() for one in given))
     different = (found.cpu() != expected).nonzero().flatten().tolist()
-    assert len(different) <= share * len(found), (found.cpu()[different], expected[different])
+    assert len(different) <= max(1, share * len(found)), (found.cpu()[different], expected[different])
     for row in different:
         assert given.temperature[row] > 0, "greedy is exact"
         cdf, draw = exact_steps(logits, given, row)
@@ -181,9 +181,11 @@ def test_masked_tokens_are_never_chosen(filters: dict[str, Any]) -> None:
 
 
 def test_ties_with_the_last_token_kept_are_kept() -> None:
-    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0, -0.0]], device=DEVICE).expand(64, -1)
-    for filters, kept in (({"top_k": 2}, {0, 1, 2, 3}), ({"top_p": 0.6}, {0, 1, 2, 3}), ({"top_k": 5}, {*range(6)})):
-        found = sample(logits, parameters([{**filters, "position": i, "seed": 9} for i in range(64)]))
+    """Zeros of either sign are equal too."""
+    rows = 20
+    logits = torch.tensor([[0.2, 0.1, 0.1, 0.1, 0.0, -0.0]], device=DEVICE).expand(rows, -1)
+    for filters, kept in (({"top_k": 2}, {0, 1, 2, 3}), ({"top_p": 0.5}, {0, 1, 2, 3}), ({"top_k": 5}, {*range(6)})):
+        found = sample(logits, parameters([{**filters, "position": i, "seed": 9} for i in range(rows)]))
         assert set(found.tolist()) == kept
 
 
