@@ -131,18 +131,16 @@ class LinearLaunch:
     num_warps: int
 
 
-FEW_ROWS = 16  # with few weights, when launches are all that counts
-FEW_ROWS_OF_MANY_WEIGHTS = 4  # beyond, the arithmetic on them takes as long as reading them
-MANY_WEIGHTS = 1 << 22
+FEW_ROWS = 4
 WARP_LANES = 256  # a warp's loads of 8 weights a thread
 WEIGHTS_PER_THREAD = 64  # asked for at once
 
 
 def choose_linear_launch(num_rows: int, num_outputs: int, size: int, gated: bool) -> LinearLaunch | None:
     """None: leave it to the vendor. Few outputs are spread over many programs."""
-    matrices = 2 if gated else 1
-    if not 0 < num_rows <= (FEW_ROWS_OF_MANY_WEIGHTS if matrices * num_outputs * size > MANY_WEIGHTS else FEW_ROWS):
+    if not 0 < num_rows <= FEW_ROWS:
         return None
+    matrices = 2 if gated else 1
     padded = max(WARP_LANES, next_power_of_2(size))
     per_output = matrices * padded // 32  # of a thread, if an output has one warp
     block_n = 4 if per_output <= 2 * WEIGHTS_PER_THREAD else 2
@@ -198,7 +196,7 @@ def norm_linear(
 
 def add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Add values [T, K] times weight [N, K] to residual [T, N] in place."""
-    cut = choose_linear_launch(values.shape[0], *weight.shape, gated=False)
+    cut = choose_linear_launch(values.shape[0], weight.shape[0], values.shape[1], gated=False)
     if cut is not None:
         _few_rows_linear(cut, residual, values, weight, bias, None, 0.0, gated=False, adds=True)
         return

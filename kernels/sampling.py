@@ -24,6 +24,7 @@ from pagedattn.kernels.sampling_reference import GOLDEN_GAMMA, MIX_FACTORS
 from pagedattn.kernels.tiling import next_power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+ALIGNMENT: tl.constexpr = tl.constexpr(16)  # logits that a thread can be sure to load together
 NO_INDEX: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
@@ -97,29 +98,30 @@ def summarize_tiles_kernel(
 
 
 @triton.jit
-def key_of(x):
-    """An integer for a float, in the same order, and its own inverse on the bits."""
+def key_of(x, SHIFT: tl.constexpr):
+    """An integer for a float, in the same order. SHIFT: how many of the lowest bits are zero whatever is compared."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> SHIFT
 
 
 @triton.jit
-def float_of(key):
-    key = key.to(tl.int32)
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+def float_of(key, SHIFT: tl.constexpr):
+    """The float of a key."""
+    bits = key.to(tl.int32) << SHIFT
+    return tl.where(bits < 0, (bits | ((1 << SHIFT) - 1)) ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def kth_largest(values, k, lowest, highest):
+def kth_largest(values, k, lowest, highest, SHIFT: tl.constexpr):
     """A float that at least k of values reach, as large as can be; all lie from lowest to highest."""
-    low = key_of(lowest).to(tl.int64)
-    high = key_of(highest).to(tl.int64) + 1
+    low = key_of(lowest, SHIFT).to(tl.int64)
+    high = key_of(highest, SHIFT).to(tl.int64) + 1
     while high - low > 1:
         middle = low + (high - low) // 2
-        count = tl.sum((values >= float_of(middle)).to(tl.int32), axis=0)
+        count = tl.sum((values >= float_of(middle, SHIFT)).to(tl.int32), axis=0)
         low = tl.where(count >= k, middle, low)
         high = tl.where(count >= k, high, middle)
-    return float_of(low)
+    return float_of(low, SHIFT)
 
 
 @triton.jit
@@ -133,18 +135,22 @@ def load_candidates(candidates_ptr, start, count, maximum, sharpness, least_logi
 
 
 @triton.jit
-def measure(candidates_ptr, count, maximum, sharpness, least_logit, least_weight, threshold, TILE: tl.constexpr):
+def measure(
+    candidates_ptr, count, maximum, sharpness, least_logit, least_weight, threshold, TILE: tl.constexpr,
+    IN_FP32: tl.constexpr,
+):  # fmt: skip
     """How many candidates reach a threshold, and what they weigh."""
-    number = tl.zeros([TILE], dtype=tl.int32)
-    mass = tl.zeros([TILE], dtype=tl.float64)
+    number = tl.zeros([TILE // IN_FP32], dtype=tl.int32)
+    mass = tl.zeros([TILE // IN_FP32], dtype=tl.float64)
     start = 0
     while start < count:
         x, weights = load_candidates(
             candidates_ptr, start, count, maximum, sharpness, least_logit, least_weight, TILE
         )  # fmt: skip
         reaches = (x >= threshold) & (x > float("-inf"))
-        number += reaches.to(tl.int32)
-        mass += tl.where(reaches, weights, 0.0).to(tl.float64)
+        number += tl.sum(tl.reshape(reaches.to(tl.int32), (TILE // IN_FP32, IN_FP32)), axis=1)
+        weights = tl.where(reaches, weights, 0.0)
+        mass += tl.sum(tl.reshape(weights, (TILE // IN_FP32, IN_FP32)), axis=1).to(tl.float64)
         start += TILE
     return tl.sum(number, axis=0), tl.sum(mass, axis=0)
 
@@ -183,6 +189,9 @@ def choose_tokens_kernel(
     NUM_GROUPS: tl.constexpr,
     GROUPS_PADDED: tl.constexpr,
     CAPACITY: tl.constexpr,
+    IN_FP32: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     GAMMA: tl.constexpr,
     FACTOR_A: tl.constexpr,
     FACTOR_B: tl.constexpr,
@@ -232,7 +241,8 @@ def choose_tokens_kernel(
         else:
             token = choose_filtered(
                 logits_ptr, copies_ptr, floats_ptr + NUM_TILES, integers_ptr + NUM_TILES, vocab_size, maximum,
-                sharpness, mass, draw, top_k, top_p, min_p, TILE, NUM_GROUPS, GROUPS_PADDED, CAPACITY,
+                sharpness, mass, draw, top_k, top_p, min_p, TILE, NUM_GROUPS, GROUPS_PADDED, CAPACITY, IN_FP32, SHIFT,
+                ALIGNED,
             )  # fmt: skip
     tl.store(tokens_ptr + row, token.to(tl.int64))
 
@@ -241,6 +251,7 @@ def choose_tokens_kernel(
 def choose_filtered(
     logits_ptr, copies_ptr, groups_ptr, indices_ptr, vocab_size, maximum, sharpness, mass, draw, top_k, top_p, min_p,
     TILE: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, CAPACITY: tl.constexpr,
+    IN_FP32: tl.constexpr, SHIFT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The token of one row with filters; ``mass`` is what all of its tokens weigh, the likeliest one weighing 1."""
     # What surely is not kept: less than the k-th largest of groups' maxima, or min_p, or so little that all tokens of
@@ -249,7 +260,8 @@ def choose_filtered(
     if (top_k > 0) & (top_k <= NUM_GROUPS):
         group = tl.arange(0, GROUPS_PADDED)
         groups = tl.load(groups_ptr + group, mask=group < NUM_GROUPS, other=float("-inf"))
-        least_logit = kth_largest(groups, top_k, tl.min(tl.where(group < NUM_GROUPS, groups, maximum)), maximum)
+        lowest = tl.min(tl.where(group < NUM_GROUPS, groups, maximum))
+        least_logit = kth_largest(groups, top_k, lowest, maximum, SHIFT)
     kept_mass = tl.where(top_k > 0, 1.0, mass)
     droppable = tl.where(top_p < 1.0, 0.999 * (1.0 - top_p) * kept_mass / vocab_size, 0.0)
     least_weight = tl.where(min_p > 0.0, min_p, droppable.to(tl.float32))
@@ -267,6 +279,9 @@ def choose_filtered(
         num_candidates += tl.sum(is_candidate.to(tl.int32), axis=0)
         smallest = tl.minimum(smallest, tl.min(tl.where(is_candidate, x, maximum), axis=0))
         start += TILE
+    if ALIGNED:  # their number is rounded up to whole vectors of loads
+        place = num_candidates + tl.arange(0, ALIGNMENT)
+        tl.store(copies_ptr + place, float("-inf"), mask=place < CAPACITY)
     tl.debug_barrier()  # all copies are written before any is read
 
     is_copied = num_candidates <= CAPACITY
@@ -275,16 +290,22 @@ def choose_filtered(
     if is_copied:
         candidates_ptr = copies_ptr
         count = num_candidates
+        if ALIGNED:
+            count = tl.cdiv(num_candidates, ALIGNMENT) * ALIGNMENT
+    if ALIGNED:
+        candidates_ptr = tl.multiple_of(candidates_ptr, ALIGNMENT)
+        count = tl.multiple_of(count, ALIGNMENT)
 
-    low = key_of(smallest).to(tl.int64)
-    most = key_of(maximum).to(tl.int64) + 1
+    low = key_of(smallest, SHIFT).to(tl.int64)
+    most = key_of(maximum, SHIFT).to(tl.int64) + 1
     low_number = num_candidates
     if (top_k > 0) & (top_k < num_candidates):
         high = most
         while (high - low > 1) & (low_number != top_k):
             middle = low + (high - low) // 2
+            pivot = float_of(middle, SHIFT)
             number, _ = measure(
-                candidates_ptr, count, maximum, sharpness, least_logit, least_weight, float_of(middle), TILE
+                candidates_ptr, count, maximum, sharpness, least_logit, least_weight, pivot, TILE, IN_FP32
             )  # fmt: skip
             if number >= top_k:
                 low = middle
@@ -294,16 +315,20 @@ def choose_filtered(
     if top_p < 1.0:
         kept = mass
         if (top_k > 0) | (min_p > 0.0):
-            _, kept = measure(candidates_ptr, count, maximum, sharpness, least_logit, least_weight, float_of(low), TILE)
+            pivot = float_of(low, SHIFT)
+            _, kept = measure(
+                candidates_ptr, count, maximum, sharpness, least_logit, least_weight, pivot, TILE, IN_FP32
+            )  # fmt: skip
             if (top_k > 0) & (low_number > top_k):  # of those that tie with the k-th, only k count
-                kept -= (low_number - top_k) * weights_of(float_of(low), maximum, sharpness).to(tl.float64)
+                kept -= (low_number - top_k) * weights_of(pivot, maximum, sharpness).to(tl.float64)
         wanted = top_p.to(tl.float64) * kept
         high = most
         high_number = 0
         while (high - low > 1) & (low_number - high_number > 1):
             middle = low + (high - low) // 2
+            pivot = float_of(middle, SHIFT)
             number, weight = measure(
-                candidates_ptr, count, maximum, sharpness, least_logit, least_weight, float_of(middle), TILE
+                candidates_ptr, count, maximum, sharpness, least_logit, least_weight, pivot, TILE, IN_FP32
             )  # fmt: skip
             if weight >= wanted:
                 low = middle
@@ -312,8 +337,10 @@ def choose_filtered(
                 high = middle
                 high_number = number
 
-    threshold = float_of(low)
-    _, kept = measure(candidates_ptr, count, maximum, sharpness, least_logit, least_weight, threshold, TILE)
+    threshold = float_of(low, SHIFT)
+    _, kept = measure(
+        candidates_ptr, count, maximum, sharpness, least_logit, least_weight, threshold, TILE, IN_FP32
+    )  # fmt: skip
     target = draw * kept
     before = kept * 0.0
     found = NO_INDEX + 0
@@ -364,6 +391,7 @@ class SamplingLaunch:
 LARGEST_TILE, SMALLEST_TILE = 4096, 256
 CAPACITY = 4096
 GROUP = 128
+ZERO_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # that a dtype leaves at the end of fp32
 IN_FP32 = 8  # weights that are added up in fp32 before fp64 takes over
 
 
@@ -395,6 +423,7 @@ def sample_tokens(
     integers = torch.empty((rows, num_tiles + cut.capacity), dtype=torch.int32, device=device)
     copies = torch.empty((rows, cut.capacity), dtype=logits.dtype, device=device)
     overlap = overlaps(device)
+    is_aligned = not (vocab_size | logits.stride(0) | logits.data_ptr()) % ALIGNMENT.value
     sizes = (vocab_size, logits.stride(0), floats.stride(0), integers.stride(0))
     key = (logits.dtype, specialized(sizes))
     constants: tuple[int | bool, ...] = (num_tiles, cut.tile, cut.group, IN_FP32, overlap)
@@ -409,6 +438,7 @@ def sample_tokens(
     launch((logits, temperature, top_k, sums, floats, integers))
     constants = (
         num_tiles, next_power_of_2(num_tiles), cut.tile, num_groups, next_power_of_2(num_groups), cut.capacity,
+        IN_FP32, ZERO_BITS[logits.dtype], is_aligned,
         GOLDEN_GAMMA, *MIX_FACTORS, overlap,
     )  # fmt: skip
     launch = launch_choice.prepare(

@@ -140,16 +140,17 @@ def test_the_uniform_numbers_are_the_references() -> None:
 
 
 def test_a_row_depends_on_nothing_else() -> None:
-    logits = random_logits(len(FILTERS), 4500)
-    given = parameters(list(FILTERS.values()))
+    chosen = list(FILTERS.values())[:: 4 if INTERPRETED else 1]
+    logits = random_logits(len(chosen), 4500)
+    given = parameters(chosen)
     together = sample(logits, given)
-    wide = torch.full((len(FILTERS), 5000), math.nan, device=DEVICE)
+    wide = torch.full((len(chosen), 5000), math.nan, device=DEVICE)
     wide[:, :4500] = logits
     assert torch.equal(sample(wide[:, :4500], given), together)
-    for row in range(len(FILTERS)):
+    for row in range(len(chosen)):
         index = slice(row, row + 1)
         assert torch.equal(sample(logits[index], given.rows(index)), together[index])
-    backwards = torch.arange(len(FILTERS) - 1, -1, -1, device=DEVICE)
+    backwards = torch.arange(len(chosen) - 1, -1, -1, device=DEVICE)
     assert torch.equal(sample(logits[backwards], given.rows(backwards)), together[backwards])
 
 
@@ -182,8 +183,8 @@ def test_masked_tokens_are_never_chosen(filters: dict[str, Any]) -> None:
 
 def test_ties_with_the_last_token_kept_are_kept() -> None:
     """Zeros of either sign are equal too."""
-    rows = 20
-    logits = torch.tensor([[0.2, 0.1, 0.1, 0.1, 0.0, -0.0]], device=DEVICE).expand(rows, -1)
+    rows = 14
+    logits = torch.tensor([[0.2, 0.1, 0.1, 0.1, 0.0, -0.0]], device=DEVICE, dtype=torch.float16).expand(rows, -1)
     for filters, kept in (({"top_k": 2}, {0, 1, 2, 3}), ({"top_p": 0.5}, {0, 1, 2, 3}), ({"top_k": 5}, {*range(6)})):
         found = sample(logits, parameters([{**filters, "position": i, "seed": 9} for i in range(rows)]))
         assert set(found.tolist()) == kept
