@@ -106,6 +106,12 @@ class BlockManager:
         return self._pool.num_used
 
     @property
+    def num_changes(self) -> int:
+        """As long as it stays, with nobody admitted, preempted or freed, ``find_prefix`` says of those who wait what it
+        said."""
+        return self._pool.num_changes
+
+    @property
     def capacity(self) -> int:
         """Tokens that all blocks together hold."""
         return self.num_blocks // self.num_groups * self.block_size
@@ -159,11 +165,11 @@ class BlockManager:
         ids.extend(prefix.block_ids)
         for sources, pending in ((prefix.copied, self._copies), (prefix.restored, self._swap_ins)):
             for index, source in sources.items():
-                ids[index] = pool.allocate()
+                [ids[index]] = pool.allocate(1)
                 pending[ids[index]] = source
         if holder.request_id in self.swap_space:
             self._restored.append(holder.request_id)
-        ids.extend(pool.allocate() for _ in range(num_empty))
+        ids += pool.allocate(num_empty)
         first_seen = [first_seen_block(window, self.block_size, prefix.num_tokens) for window in self.windows]
         holding = self._holdings[holder.request_id] = _Holding(holder, self._num_schedules, first_seen)
         if self.enable_prefix_caching:
@@ -182,7 +188,7 @@ class BlockManager:
             return self.admit(holder, NOTHING_CACHED, num_tokens)
         if num_missing > self.num_free:
             return False
-        holder.block_ids.extend(self._pool.allocate() for _ in range(num_missing))
+        holder.block_ids += self._pool.allocate(num_missing)
         return True
 
     def commit(self, holder: BlockHolder) -> None:
@@ -192,6 +198,8 @@ class BlockManager:
             self._share_computed(holding)
         if self._has_windows:
             self._release_unseen(holding)
+        if holder.siblings:  # they fork from it once its prompt is computed, and as long as windows see the prompt
+            self._pool.num_changes += 1
 
     def preempt(self, holder: BlockHolder, kind: PreemptionKind = "recompute") -> bool:
         """Take back all blocks of a running request. True: its tokens are kept in host memory; False: they are gone."""
@@ -214,6 +222,7 @@ class BlockManager:
         if holder.request_id in self.swap_space:
             self.swap_space.free(holder.request_id)
             holder.num_computed_tokens = 0
+            self._pool.num_changes += 1
 
     def disown(self, holder: BlockHolder) -> None:
         """Nobody may share what the request has computed: it is not to be trusted."""
@@ -297,6 +306,7 @@ class BlockManager:
         holder, tree = holding.holder, self._pool.tree
         hashes = hashes_of(holder, self.block_size)
         num_full = holder.num_computed_tokens // self.block_size
+        self._pool.note_change(holding.computes)
         while holding.may_share_more and holding.num_shareable < num_full:
             index = holding.num_shareable
             node = tree.child(holding.node, hashes.digests[index], hashes.contents[index])
@@ -308,6 +318,7 @@ class BlockManager:
                 if block_id != NO_BLOCK:
                     self._pool.cache(block_id, node, group)
             holding.num_shareable += 1
+            self._pool.note_change(node.digest)
             self._move_to(holding, node)
         self._announce(holding)
 
@@ -338,24 +349,27 @@ class BlockManager:
                 self.windows[group], self.block_size, holder.num_computed_tokens
             )
             for index in range(first, holding.first_seen[group]):
-                self._release(holder.block_ids, index * self.num_groups + group)
+                place = index * self.num_groups + group
+                block_id, holder.block_ids[place] = holder.block_ids[place], NO_BLOCK
+                if block_id != NO_BLOCK:
+                    self._release([block_id])
+                    self._pool.num_changes += 1
 
-    def _release(self, block_ids: list[int], index: int) -> None:
-        block_id = block_ids[index]
-        if block_id == NO_BLOCK:
-            return
-        block_ids[index] = NO_BLOCK
-        if self._pool.release(block_id):
-            self._copies.pop(block_id, None)
-            self._swap_ins.pop(block_id, None)
+    def _release(self, block_ids: Sequence[int]) -> None:
+        self._pool.release(block_ids)
+        if self._copies or self._swap_ins:  # what was to be copied into a block that is free now
+            for block_id in block_ids:
+                if not self._pool.num_holders[block_id]:
+                    self._copies.pop(block_id, None)
+                    self._swap_ins.pop(block_id, None)
 
     def _release_all(self, holding: _Holding) -> None:
         """From the last block on, so that of what stays cached the end is evicted before what leads to it."""
         holder = holding.holder
         holding.may_share_more = False
         self._announce(holding)
-        for index in reversed(range(len(holder.block_ids))):
-            self._release(holder.block_ids, index)
+        held = holder.block_ids[::-1]
+        self._release([block_id for block_id in held if block_id != NO_BLOCK] if self._has_windows else held)
         holder.block_ids.clear()
         self._move_to(holding, None)
         del self._holdings[holder.request_id]

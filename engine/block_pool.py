@@ -23,6 +23,7 @@ class BlockPool:
         self._cached_ids: OrderedDict[int, None] = OrderedDict()  # the one freed longest ago first
         self._wanted_ids: OrderedDict[int, None] = OrderedDict()  # likewise; cached, and a waiting request wants them
         self._num_wanting: dict[bytes, int] = {}  # waiting requests by the digest of a block that they will need
+        self.num_changes = 0  # of what waiting requests could find: grows when it may be another
 
     @property
     def num_free(self) -> int:
@@ -32,15 +33,20 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
 
-    def allocate(self) -> int:
-        """A free block, for one holder and with nothing cached. There must be one."""
-        if self._empty_ids:
-            block_id = self._empty_ids.pop()
-        else:
+    def allocate(self, count: int) -> list[int]:
+        """So many free blocks, each for one holder and with nothing cached. There must be as many."""
+        empty_ids = self._empty_ids
+        num_left = max(0, len(empty_ids) - count)
+        block_ids = empty_ids[num_left:]
+        block_ids.reverse()
+        del empty_ids[num_left:]
+        while len(block_ids) < count:
             block_id, _ = (self._cached_ids or self._wanted_ids).popitem(last=False)
             self._forget_node(block_id)
-        self.num_holders[block_id] = 1
-        return block_id
+            block_ids.append(block_id)
+        for block_id in block_ids:
+            self.num_holders[block_id] = 1
+        return block_ids
 
     def share(self, block_id: int) -> None:
         """One holder more for a block that is held, or free and cached."""
@@ -50,17 +56,18 @@ class BlockPool:
             del self._free_list(node)[block_id]
         self.num_holders[block_id] += 1
 
-    def release(self, block_id: int) -> bool:
-        """One holder less; True when it was the last."""
-        self.num_holders[block_id] -= 1
-        if self.num_holders[block_id]:
-            return False
-        node = self._nodes[block_id]
-        if node is None:
-            self._empty_ids.append(block_id)
-        else:
-            self._free_list(node)[block_id] = None
-        return True
+    def release(self, block_ids: Iterable[int]) -> None:
+        """One holder less for each, in this order."""
+        num_holders, nodes, empty_ids = self.num_holders, self._nodes, self._empty_ids
+        for block_id in block_ids:
+            num_holders[block_id] -= 1
+            if num_holders[block_id]:
+                continue
+            node = nodes[block_id]
+            if node is None:
+                empty_ids.append(block_id)
+            else:
+                self._free_list(node)[block_id] = None
 
     def cache(self, block_id: int, node: PrefixNode, group: int) -> None:
         """The block holds the node's tokens from now on, unless another block of the group does already."""
@@ -99,6 +106,10 @@ class BlockPool:
                 del self._num_wanting[digest]
                 self._move(digest, self._wanted_ids, self._cached_ids)
 
+    def note_change(self, digest: bytes | None) -> None:
+        """The block of this digest came, went, or is computed by somebody else or nobody now."""
+        self.num_changes += digest in self._num_wanting
+
     def check_integrity(self) -> None:
         """Raises AssertionError when a block is lost, counted twice, or in the wrong list."""
         self.tree.check_integrity()
@@ -128,6 +139,7 @@ class BlockPool:
         assert node is not None
         node.block_ids[node.block_ids.index(block_id)] = NO_BLOCK
         self._nodes[block_id] = None
+        self.note_change(node.digest)
         self.tree.prune(node)
 
     def _move(self, digest: bytes, source: OrderedDict[int, None], target: OrderedDict[int, None]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pagedattn.engine.block_manager import BlockManager, CachedPrefix
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.deadlines import DeadlineWatch
+from pagedattn.engine.fruitless_join import FruitlessJoin, JoinState
 from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredictor
 from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
@@ -73,6 +74,7 @@ class Scheduler:
         self._num_queued = 0
         self._num_steps_without_join = 0
         self._is_closed = False  # after a preemption, until a running request has ended
+        self._fruitless: FruitlessJoin | None = None  # the last attempt to join, if nobody came or left since
 
     @classmethod
     def from_config(
@@ -105,6 +107,7 @@ class Scheduler:
                 f"{self.block_manager.num_blocks} of {self.block_manager.block_size} tokens"
             )
         self._number(request)
+        self._fruitless = None
         self.waiting.add(request)
         self.num_waiting_tokens += request.num_tokens
         self.block_manager.expect(request)
@@ -148,6 +151,7 @@ class Scheduler:
         if is_complete:
             self.predictor.observe(request)
         self._deadlines.remove(request)
+        self._fruitless = None
         if self.waiting.remove(request):
             self.num_waiting_tokens -= request.num_tokens
             self.block_manager.free(request)
@@ -270,6 +274,7 @@ class Scheduler:
         self.running.remove(victim)
         step.take_back(victim)
         step.preempted.append(victim)
+        self._fruitless = None
         self._release(victim)
         victim.num_preemptions += 1
         if self.policy.requeue == "tail":
@@ -315,13 +320,32 @@ class Scheduler:
         min_joins = 0
         if self._num_steps_without_join + 1 < self.policy.join_patience:
             min_joins = int(len(self.running) * self.policy.join_ratio)
-        if len(self.waiting) < min_joins:
+        if min(len(self.waiting), self.max_num_seqs - len(self.running)) < min_joins:
             return
-        self._join_next(step)
-        if len(step.joined) < min_joins:
+        state = JoinState(
+            min_joins,
+            step.token_budget,
+            step.num_promised_tokens,
+            bool(step.uncut),
+            bool(step.num_tokens),
+            step.may_prefill,
+            self.block_manager.num_free,
+            self.block_manager.num_changes,
+        )
+        if self._fruitless is not None and self._fruitless.would_repeat(state, self.waiting, step.now):
+            return
+        set_turn_back = self.waiting.mark_turn()
+        looked_at = self._join_next(step)
+        self._fruitless = None
+        if len(step.joined) < max(min_joins, 1):
+            self._fruitless = FruitlessJoin(state, tuple((one, one in step.num_tokens) for one in looked_at))
             for request in reversed(step.joined):
                 self._withdraw(request, step)
             step.joined.clear()
+            set_turn_back()
+            return
+        for request, num_overtakes in looked_at.items():
+            request.num_overtaken += num_overtakes
         for request in step.joined:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = step.now
@@ -332,14 +356,17 @@ class Scheduler:
         self.prefix_cache_queries += request.num_prompt_tokens
         self.prefix_cache_hits += request.num_cached_tokens
 
-    def _join_next(self, step: StepDraft) -> None:
+    def _join_next(self, step: StepDraft) -> dict[Request, int]:
+        """Returns all who were looked at, in order, and of those that did not fit how many joined past them."""
         policy, waiting = self.policy, self.waiting
+        looked_at: dict[Request, int] = {}
         misfits: list[Request] = []
         deferred: list[Request] = []  # what they would compute next is being computed
         may_defer = policy.join == "every_step"
         num_may_pass = self.max_num_seqs  # how many may still join past the misfits
         while waiting and len(self.running) < self.max_num_seqs and num_may_pass > 0 and self._has_room(step):
             request = waiting.take(step.now)
+            looked_at[request] = 0
             prefix = self.block_manager.find_prefix(request, may_wait=may_defer)
             if prefix is None:
                 deferred.append(request)
@@ -352,7 +379,7 @@ class Scheduler:
                 self._join(request, num_tokens, step)
                 num_may_pass -= bool(misfits)
                 for misfit in misfits:
-                    misfit.num_overtaken += 1
+                    looked_at[misfit] += 1
                 continue
             request.num_computed_tokens = num_kept
             misfits.append(request)
@@ -362,6 +389,7 @@ class Scheduler:
                 num_may_pass = min(num_may_pass, policy.max_overtakes - request.num_overtaken)
         for request in [*misfits, *deferred]:
             waiting.put_back(request)
+        return looked_at
 
     def _has_room(self, step: StepDraft) -> bool:
         """Whether it is worth looking at who is next."""
@@ -403,8 +431,9 @@ class Scheduler:
         self.waiting.joined(request)
 
     def _withdraw(self, request: Request, step: StepDraft) -> None:
-        """Undo ``_join``."""
-        self.running.remove(request)
+        """Undo ``_join``, the last one first."""
+        last = self.running.pop()
+        assert last is request, f"{last} joined after {request}"
         step.take_back(request)
         self._release(request)
         self.waiting.withdrawn(request)

@@ -8,6 +8,7 @@ latest is skipped when it comes up, and a heap that is mostly such entries is re
 from __future__ import annotations
 
 import heapq
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 
@@ -42,6 +43,10 @@ class WaitingQueue(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Request]: ...
+
+    def mark_turn(self) -> Callable[[], None]:
+        """Returns what sets back whose turn it is, as joinings from now on change it; accounts aside."""
+        return lambda: None
 
     @property
     def ranks_victims(self) -> bool:
@@ -148,8 +153,9 @@ class FairQueue(WaitingQueue):
         self._weights = weights
         self._counters: dict[str, float] = {}
         self._waiting: dict[str, KeyedQueue] = {}  # of clients that have somebody waiting
-        self._heap: list[tuple[float, str]] = []  # a counter here may be out of date, and is then too low
-        self._in_heap: set[str] = set()
+        self._heap: list[tuple[float, str]] = []
+        # Of each client's live entry in the heap, the counter: it may be out of date, and is then too low.
+        self._entries: dict[str, float] = {}
         self._last_to_leave = ""
         self._num_requests = 0
 
@@ -170,9 +176,8 @@ class FairQueue(WaitingQueue):
             queue = self._waiting[client_id] = KeyedQueue(_by_arrival)
         queue.put_back(request)
         self._num_requests += 1
-        if client_id not in self._in_heap:
-            self._in_heap.add(client_id)
-            heapq.heappush(self._heap, (self._counters[client_id], client_id))
+        if client_id not in self._entries:
+            self._push(client_id)
 
     def take(self, now: float) -> Request:
         client_id = self._next_client()
@@ -208,7 +213,10 @@ class FairQueue(WaitingQueue):
     def withdrawn(self, request: Request) -> None:
         if not request.num_preemptions:  # else an earlier joining was charged, which had its step
             request.is_billed = False
-            self._charge(request.scheduling.client_id, -INPUT_TOKEN_COST * request.num_prompt_tokens)
+            client_id = request.scheduling.client_id
+            self._charge(client_id, -INPUT_TOKEN_COST * request.num_prompt_tokens)
+            if self._entries.get(client_id, -math.inf) > self.counter(client_id):
+                self._push(client_id)
 
     def served(self, request: Request) -> None:
         self._charge(request.scheduling.client_id, OUTPUT_TOKEN_COST)
@@ -224,13 +232,23 @@ class FairQueue(WaitingQueue):
         heap, counters = self._heap, self._counters
         while True:
             counter, client_id = heap[0]
-            if client_id not in self._waiting:
+            if counter != self._entries.get(client_id):
                 heapq.heappop(heap)
-                self._in_heap.remove(client_id)
+            elif client_id not in self._waiting:
+                heapq.heappop(heap)
+                del self._entries[client_id]
             elif counter != counters[client_id]:
+                self._entries[client_id] = counters[client_id]
                 heapq.heapreplace(heap, (counters[client_id], client_id))
             else:
                 return client_id
+
+    def _push(self, client_id: str) -> None:
+        self._entries[client_id] = self._counters[client_id]
+        heapq.heappush(self._heap, (self._counters[client_id], client_id))
+        if len(self._heap) > 2 * len(self._entries) + 64:
+            self._heap = [(counter, client_id) for client_id, counter in self._entries.items()]
+            heapq.heapify(self._heap)
 
     def _left(self, client_id: str, queue: KeyedQueue) -> None:
         self._num_requests -= 1
@@ -292,6 +310,14 @@ class PrefixQueue(WaitingQueue):
     def __iter__(self) -> Iterator[Request]:
         return iter(self._everyone)
 
+    def mark_turn(self) -> Callable[[], None]:
+        current = self._current
+
+        def set_back() -> None:
+            self._current = current
+
+        return set_back
+
     def joined(self, request: Request) -> None:
         self._current = self._prefix(request)
 
@@ -333,6 +359,15 @@ class TieredQueue(WaitingQueue):
     def __iter__(self) -> Iterator[Request]:
         for tier in self._tiers.values():
             yield from tier
+
+    def mark_turn(self) -> Callable[[], None]:
+        marks = [tier.mark_turn() for tier in self._tiers.values()]
+
+        def set_back() -> None:
+            for mark in marks:
+                mark()
+
+        return set_back
 
     @property
     def ranks_victims(self) -> bool:
@@ -415,6 +450,15 @@ class BoundedWaitQueue(WaitingQueue):
     @property
     def accounts(self) -> bool:
         return self._inner.accounts
+
+    def mark_turn(self) -> Callable[[], None]:
+        num_since_overdue, set_inner_back = self._num_since_overdue, self._inner.mark_turn()
+
+        def set_back() -> None:
+            self._num_since_overdue = num_since_overdue
+            set_inner_back()
+
+        return set_back
 
     def joined(self, request: Request) -> None:
         # Who was overdue is not told apart from who was next anyway: both count as the longest overdue when they are.
