@@ -282,7 +282,7 @@ class BlockManager:
 
     def _readiness(self, sibling: BlockHolder) -> Readiness:
         holding = self._holdings.get(sibling.request_id)
-        if holding is None:
+        if holding is None or holding.holder is not sibling:  # it ended, and another request has its name
             return "absent"
         # One that has just come back has blocks that are still to be filled.
         is_filled = holding.admitted_in != self._num_schedules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from pagedattn.engine.request import Request
 from pagedattn.engine.waiting_queue import KeyedQueue
@@ -13,10 +14,11 @@ _STEP_TIME_GROWTH = 1.02
 
 class DeadlineWatch:
     """Of the requests added, those that would miss a deadline even if they were in every step from now on, each as
-    fast as the fastest lately. Looking costs O(log) for each request that is looked at, and few are in a step."""
+    fast as the fastest lately. ``fewest_steps``: until a request's next token, whatever happens. A request is looked at
+    O(log) times."""
 
-    def __init__(self, max_num_batched_tokens: int) -> None:
-        self._max_num_batched_tokens = max_num_batched_tokens
+    def __init__(self, fewest_steps: Callable[[Request], int]) -> None:
+        self._fewest_steps = fewest_steps
         self._queue = KeyedQueue(self._next_check)
         self._now = 0.0
         self._last_step_time: float | None = None  # None: nothing was computed
@@ -47,7 +49,7 @@ class DeadlineWatch:
 
     def _latest_start(self, request: Request) -> float:
         """When the request has to be in every step from then on to meet its deadlines, as far as we know."""
-        num_steps = -(-request.num_uncomputed_tokens // self._max_num_batched_tokens)
+        num_steps = self._fewest_steps(request)
         latest = math.inf
         if request.first_token_deadline is not None and not request.num_output_tokens:
             latest = request.first_token_deadline - num_steps * self._step_seconds
@@ -59,10 +61,12 @@ class DeadlineWatch:
     def _next_check(self, request: Request) -> float:
         """Half way to its latest start: steps may turn out slower than they were."""
         latest = self._latest_start(request)
-        return latest if latest - self._now <= self._step_seconds else (self._now + latest) / 2
+        half_way = (self._now + latest) / 2
+        # Of two times with none between them that would be now, over and over.
+        return half_way if latest - self._now > self._step_seconds and half_way > self._now else latest
 
     def _note_step_time(self, now: float) -> None:
         self._now = now
         if self._last_step_time is not None:
-            seconds = now - self._last_step_time
+            seconds = max(now - self._last_step_time, 0.0)
             self._step_seconds = min(seconds, self._step_seconds * _STEP_TIME_GROWTH) if self._step_seconds else seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -189,6 +190,9 @@ class Engine:
         if params.n > self.config.max_num_seqs:
             raise RequestRejectedError(f"n={params.n} is not allowed: at most max_num_seqs={self.config.max_num_seqs}")
         size = QueueSize(params.n, params.n * len(tokenized.token_ids))
+        arrival_time = self.clock() if arrival_time is None else arrival_time
+        if not math.isfinite(arrival_time):
+            raise ValueError(f"arrival_time={arrival_time} is not allowed: it must be a finite number of seconds")
         with self._lock:
             if request_id is not None and self._is_in_use(request_id, params.n):
                 raise ValueError(f"request_id={request_id!r} is in use by an unfinished request")
@@ -198,7 +202,6 @@ class Engine:
             number = next(self._request_counter)
             if request_id is None:
                 request_id = next(name for name in self._request_names if not self._is_in_use(name, params.n))
-            arrival_time = self.clock() if arrival_time is None else arrival_time
             seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
             sequences = [
                 Request(

@@ -81,7 +81,9 @@ def expected_output_tokens(request: Request, predictor: LengthPredictor) -> floa
     The predictor is asked once, so that a request's place in line does not depend on when it is looked at.
     """
     if request.expected_output_tokens is None:
-        expected = request.scheduling.expected_output_tokens
+        given = request.scheduling.expected_output_tokens
+        expected = predictor.predict(request) if given is None else given
         bound = float(request.max_num_tokens - request.num_prompt_tokens)
-        request.expected_output_tokens = min(predictor.predict(request) if expected is None else expected, bound)
+        # NaN would be neither before nor after any other, and a heap with it in no order.
+        request.expected_output_tokens = min(expected, bound) if expected >= 0 else bound
     return request.expected_output_tokens

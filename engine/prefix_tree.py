@@ -25,7 +25,7 @@ class PrefixHashes:
 
     def __init__(self, block_size: int, salt: str = "") -> None:
         self._block_size = block_size
-        self._salt = salt.encode()
+        self._salt = salt.encode(errors="surrogatepass")  # a salt is any string
         self.digests: list[bytes] = []
         self.contents: list[bytes] = []  # the tokens as int32; those of the first block follow the salt
 

@@ -68,7 +68,7 @@ class Scheduler:
         self.lingering: list[Request] = []  # finished; padded rows of a batch that still runs, blocks held
         self.prefix_cache_queries = 0  # prompt tokens of requests when they joined for the first time
         self.prefix_cache_hits = 0  # those of them that were not computed
-        self._deadlines = DeadlineWatch(max_num_batched_tokens)
+        self._deadlines = DeadlineWatch(self._fewest_steps)
         self._chunk_unit = block_manager.block_size if policy.chunk_unit == "block" else 1
         self._num_watermark_blocks = int(policy.watermark * block_manager.num_blocks)
         self._num_queued = 0
@@ -98,17 +98,22 @@ class Scheduler:
     def queue_size(self) -> QueueSize:
         return QueueSize(len(self.waiting), self.num_waiting_tokens)
 
+    def check_fits(self, num_prompt_tokens: int, max_num_tokens: int) -> None:
+        """Raises RequestRejectedError when all blocks together could not hold such a request."""
+        num_needed = self._peak_blocks(max_num_tokens - 1)  # the last token generated is never computed
+        if num_needed > self.block_manager.num_blocks:
+            raise RequestRejectedError(
+                f"the request can come to {max_num_tokens} tokens (prompt {num_prompt_tokens}), which need "
+                f"{num_needed} KV blocks; there are {self.block_manager.num_blocks} of "
+                f"{self.block_manager.block_size} tokens"
+            )
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestRejectedError when all blocks together could not hold it."""
-        if self._peak_blocks(request.max_cached_tokens) > self.block_manager.num_blocks:
-            raise RequestRejectedError(
-                f"the request can come to {request.max_num_tokens} tokens (prompt {request.num_prompt_tokens}), which "
-                f"need {self._peak_blocks(request.max_cached_tokens)} KV blocks; there are "
-                f"{self.block_manager.num_blocks} of {self.block_manager.block_size} tokens"
-            )
+        self.check_fits(request.num_prompt_tokens, request.max_num_tokens)
         self._number(request)
+        self.waiting.add(request)  # first: a predictor may raise, and then nothing has happened
         self._fruitless = None
-        self.waiting.add(request)
         self.num_waiting_tokens += request.num_tokens
         self.block_manager.expect(request)
         self._deadlines.add(request)
@@ -445,6 +450,18 @@ class Scheduler:
         """Its place among requests of the same time: behind all that have one."""
         self._num_queued += 1
         request.queue_number = self._num_queued
+
+    def _fewest_steps(self, request: Request) -> int:
+        """Until its next token, were it in every step from now on; what others compute of its prompt until then counts
+        as if it did."""
+        if self.policy.is_whole:
+            return 1
+        num_known = request.num_computed_tokens
+        if not request.block_ids:
+            prefix = self.block_manager.find_prefix(request, may_wait=False)
+            forkable = [sibling.num_computed_tokens for sibling in request.siblings if sibling.block_ids]
+            num_known = max([num_known if prefix is None else prefix.num_tokens, *forkable])
+        return max(1, -(-(request.num_tokens - num_known) // self.max_num_batched_tokens))
 
     # The plan
 

@@ -86,9 +86,10 @@ class KeyedQueue(WaitingQueue):
         self.put_back(request)
 
     def put_back(self, request: Request) -> None:
+        key = self._key(request)  # before anything is changed: a predictor may raise
         self._num_entries += 1
         self._entries[request] = self._num_entries
-        heapq.heappush(self._heap, (self._key(request), request.queue_number, self._num_entries, request))
+        heapq.heappush(self._heap, (key, request.queue_number, self._num_entries, request))
 
     def take(self, now: float) -> Request:
         self._drop_dead()
@@ -226,7 +227,10 @@ class FairQueue(WaitingQueue):
         return self._counters.get(client_id, 0.0)
 
     def _charge(self, client_id: str, cost: float) -> None:
-        self._counters[client_id] = self.counter(client_id) + cost / self._weights.get(client_id, 1.0)
+        counter = self._counters.get(client_id)
+        if counter is None:  # forgotten as no more than the others', while a request of its ran
+            counter = self._floor()
+        self._counters[client_id] = counter + cost / self._weights.get(client_id, 1.0)
 
     def _next_client(self) -> str:
         heap, counters = self._heap, self._counters
@@ -332,17 +336,20 @@ class TieredQueue(WaitingQueue):
         self._make_tier = make_tier
         self._tiers: dict[int, WaitingQueue] = {}
         self._occupied: list[int] = []  # a heap of the priorities that may have somebody
+        self._in_heap: set[int] = set()
         self._num_requests = 0
 
     def add(self, request: Request) -> None:
         self._tier_to_fill(request).add(request)
+        self._num_requests += 1
 
     def put_back(self, request: Request) -> None:
         self._tier_to_fill(request).put_back(request)
+        self._num_requests += 1
 
     def take(self, now: float) -> Request:
         while not self._tiers[self._occupied[0]]:
-            heapq.heappop(self._occupied)
+            self._in_heap.remove(heapq.heappop(self._occupied))
         self._num_requests -= 1
         return self._tiers[self._occupied[0]].take(now)
 
@@ -361,7 +368,7 @@ class TieredQueue(WaitingQueue):
             yield from tier
 
     def mark_turn(self) -> Callable[[], None]:
-        marks = [tier.mark_turn() for tier in self._tiers.values()]
+        marks = [self._tiers[priority].mark_turn() for priority in self._occupied]
 
         def set_back() -> None:
             for mark in marks:
@@ -394,9 +401,9 @@ class TieredQueue(WaitingQueue):
         tier = self._tiers.get(priority)
         if tier is None:
             tier = self._tiers[priority] = self._make_tier()
-        if not tier and priority not in self._occupied:
+        if priority not in self._in_heap:
+            self._in_heap.add(priority)
             heapq.heappush(self._occupied, priority)
-        self._num_requests += 1
         return tier
 
 
@@ -414,12 +421,12 @@ class BoundedWaitQueue(WaitingQueue):
         self._num_since_overdue = 0
 
     def add(self, request: Request) -> None:
-        self._by_arrival.add(request)
         self._inner.add(request)
+        self._by_arrival.add(request)
 
     def put_back(self, request: Request) -> None:
-        self._by_arrival.put_back(request)
         self._inner.put_back(request)
+        self._by_arrival.put_back(request)
 
     def take(self, now: float) -> Request:
         if self._num_since_overdue + 1 >= OVERDUE_EVERY:

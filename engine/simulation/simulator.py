@@ -60,7 +60,6 @@ class Replica:
         self._step_start = self._step_end = 0.0
 
     def add(self, request: SimulatedRequest) -> None:
-        """Raises RequestRejectedError when the request can never fit."""
         self.scheduler.add(request)
         self.num_unfinished += 1
         self.num_prompt_tokens += request.num_prompt_tokens
@@ -152,16 +151,16 @@ def simulate(
             params_by_limit[traced.max_tokens] = SamplingParams(max_tokens=traced.max_tokens)
         if traced.client_id not in scheduling_by_client:
             scheduling_by_client[traced.client_id] = SchedulingParams(client_id=traced.client_id)
-        request = SimulatedRequest(
-            number, traced, params_by_limit[traced.max_tokens], scheduling_by_client[traced.client_id]
-        )
         replica = replicas[router.choose(traced, replicas)]
         recorder.arrive(traced, replica.index)
-        try:
-            replica.add(request)
+        try:  # before its tokens are made: a trace may have prompts of any length
+            replica.scheduler.check_fits(traced.num_prompt_tokens, traced.num_prompt_tokens + traced.max_tokens)
         except RequestRejectedError:
             recorder.reject()
             continue
+        replica.add(
+            SimulatedRequest(number, traced, params_by_limit[traced.max_tokens], scheduling_by_client[traced.client_id])
+        )
         if not replica.is_awake:
             # Its step begins later: others that arrive at the same time belong into it.
             replica.is_awake = True

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pagedattn.engine.simulation.traces import PREFIX_CHUNK_TOKENS, TraceRequest
+
+MAX_TOKENS = 2**31 - 1  # of a prompt or an answer; what has more is no trace
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ def read_trace(path: Path, *, limit: int | None = None, max_tokens: int | None =
         with path.open(encoding="utf-8-sig", newline="") as lines:
             name, parse = _format_of(path, next(lines, ""))
             lines.seek(0)
-            for number, fields in _records(name, lines):
+            for number, fields in _records(path, name, lines):
                 try:
                     row = parse(fields)
-                except (ValueError, TypeError, KeyError) as error:
+                    if not math.isfinite(row.seconds):
+                        raise ValueError(f"{row.seconds} is no time")
+                except (ValueError, TypeError, KeyError, OverflowError) as error:
                     reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
                     raise ValueError(f"{path}: line {number}: {reason}") from None
                 if row.num_prompt_tokens < 1 or row.num_output_tokens < 1:
@@ -74,21 +79,27 @@ def read_trace(path: Path, *, limit: int | None = None, max_tokens: int | None =
                     break
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV: {error}") from None
     if not rows:
         raise ValueError(f"{path} has no request with a prompt and an answer")
     rows.sort(key=lambda row: row.seconds)
-    requests = [_as_request(row, rows[0].seconds, max_tokens) for row in rows]
+    numbers: dict[int, int] = {}  # ids may be hashes of any size: what counts is which are equal
+    for prefix_id in itertools.chain.from_iterable(row.prefix_ids for row in rows):
+        numbers.setdefault(prefix_id, len(numbers))
+    requests = [_as_request(row, rows[0].seconds, max_tokens, numbers) for row in rows]
     return TraceFile(name, requests, num_skipped)
 
 
-def _as_request(row: _Row, origin: float, max_tokens: int | None) -> TraceRequest:
+def _as_request(row: _Row, origin: float, max_tokens: int | None, numbers: dict[int, int]) -> TraceRequest:
+    prefix_ids = row.prefix_ids[: -(-row.num_prompt_tokens // PREFIX_CHUNK_TOKENS)]
     return TraceRequest(
         row.seconds - origin,
         row.num_prompt_tokens,
         row.num_output_tokens,
         row.num_output_tokens if max_tokens is None else max(max_tokens, row.num_output_tokens),
         row.client_id,
-        row.prefix_ids[: -(-row.num_prompt_tokens // PREFIX_CHUNK_TOKENS)],
+        tuple(numbers[prefix_id] for prefix_id in prefix_ids),
     )
 
 
@@ -106,24 +117,27 @@ def _format_of(path: Path, first_line: str) -> tuple[str, Callable[[dict[str, An
     )
 
 
-def _records(name: str, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(path: Path, name: str, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and fields."""
     if name == "mooncake":
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield number, _json_object(line, number)
+                yield number, _json_object(line, f"{path}: line {number}")
     else:
-        for number, fields in zip(itertools.count(2), csv.DictReader(lines, skipinitialspace=True), strict=False):
-            yield number, fields
+        reader = csv.DictReader(lines, skipinitialspace=True, restval="")
+        for fields in reader:
+            yield reader.line_num, fields
 
 
-def _json_object(line: str, number: int) -> dict[str, Any]:
+def _json_object(line: str, place: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: not JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists
+        raise ValueError(f"{place}: not JSON that can be read: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"line {number}: a request must be an object, not {type(found).__name__}")
+        raise ValueError(f"{place}: a request must be an object, not {type(found).__name__}")
     return found
 
 
@@ -162,6 +176,6 @@ def _count(value: Any) -> int:
         number = float(value)
     except ValueError:
         number = -1.0
-    if not number.is_integer() or number < 0:
+    if not number.is_integer() or not 0 <= number <= MAX_TOKENS:
         raise ValueError(f"{value!r} is no number of tokens")
     return int(number)

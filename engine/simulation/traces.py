@@ -112,6 +112,8 @@ def generate(
     limit = max_tokens if isinstance(max_tokens, int) else lengths.max_tokens
     if limit < 1:
         raise ValueError(f"max_tokens={limit} is not allowed: it must be >= 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed} is not allowed: it must be >= 0")
     times = arrival_times(arrivals, num_requests, rate, burstiness, seed)
     random = np.random.default_rng([seed, 1])
     trace = []

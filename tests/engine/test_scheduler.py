@@ -402,41 +402,6 @@ def test_a_step_looks_at_no_more_requests_than_join_and_may_be_passed() -> None:
         complete(scheduler, plan)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_deadlines_drop_what_can_not_meet_them_and_nothing_else(policy: str) -> None:
-    scheduler = make_scheduler(policy, num_blocks=32, max_num_seqs=2, max_num_batched_tokens=8)
-    run = SchedulerRun(scheduler, step_seconds=0.5)
-    for name in ("a", "b"):
-        run.add(make_request(name, 4, 20))
-    run.step()
-    run.step()
-    run.add(make_request("impossible", 4, 20, arrival_time=run.now, timeout=5.0))  # 20 steps take 10 s
-    run.add(make_request("possible", 4, 4, arrival_time=run.now, first_token_timeout=40.0, timeout=60.0))
-    run.add(make_request("starves", 4, 2, arrival_time=run.now, first_token_timeout=3.0))
-    while scheduler.has_unfinished:
-        run.step()
-        scheduler.check_integrity()
-    assert [request.request_id for request in run.dropped] == ["impossible", "starves"]
-    assert {request.request_id for request in run.ended} == {"a", "b", "possible"}
-    for request in run.dropped:
-        assert request.num_computed_tokens == 0
-
-
-def test_a_running_request_is_dropped_when_its_deadline_goes() -> None:
-    scheduler = make_scheduler(num_blocks=32)
-    run = SchedulerRun(scheduler)
-    request = make_request("a", 4, 20, timeout=25.0)
-    run.add(request)
-    while not run.dropped:
-        run.step()
-        if run.num_steps == 6:
-            run.step_seconds = 4.0  # from here on it can not be done
-    assert 4 < request.num_output_tokens < 20
-    assert run.now < 25.0, "it is dropped before its time is up"
-    assert scheduler.block_manager.num_used == 0
-    assert not scheduler.has_unfinished
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -143,6 +143,7 @@ def test_load_squeezes_the_arrivals() -> None:
         ({"workload": "chat"}, "workload='chat' is not known: it must be one of low-variance, exp"),
         ({"arrivals": "regular"}, "arrivals='regular' is not known: it must be one of at-once, poisson"),
         ({"num_requests": 0}, "num_requests=0 is not allowed"),
+        ({"seed": -1}, "seed=-1 is not allowed"),
         ({"rate": 0.0}, r"rate=0\.0 is not allowed"),
         ({"burstiness": float("inf")}, "burstiness=inf is not allowed"),
         ({"max_tokens": 0}, "max_tokens=0 is not allowed"),
@@ -218,6 +219,15 @@ def test_a_limit_takes_the_first(tmp_path: Path) -> None:
         (AZURE + "2024-05-10 00:00:00.1,1.5,2\n", r"line 6: '1\.5' is no number of tokens"),
         (BURSTGPT + "7,ChatGPT,-3,1,0,API log\n", "line 5: '-3' is no number of tokens"),
         (BURSTGPT + "soon,ChatGPT,3,1,0,API log\n", "line 5: could not convert string to float: 'soon'"),
+        (BURSTGPT + "nan,ChatGPT,3,1,0,API log\n", "line 5: nan is no time"),
+        (BURSTGPT + "inf,ChatGPT,3,1,0,API log\n", "line 5: inf is no time"),
+        (BURSTGPT + "7,ChatGPT,1e12,1,0,API log\n", "line 5: '1e12' is no number of tokens"),
+        (BURSTGPT + "7,ChatGPT\n", "line 5: '' is no number of tokens"),
+        (BURSTGPT + f"7,ChatGPT,3,1,0,{'x' * 200_000}\n", "is not CSV: field larger than field limit"),
+        ("ContextTokens,GeneratedTokens,TIMESTAMP\n1,2\n", "line 2: Invalid isoformat string"),
+        (MOONCAKE + f'{{"timestamp": 1{"0" * 400}}}\n', "line 4: int too large to convert to float"),
+        (MOONCAKE + f'{{"timestamp": 1{"0" * 5000}}}\n', "line 4: not JSON that can be read: Exceeds the limit"),
+        (MOONCAKE + f'{{"timestamp": {"[" * 200_000}\n', "line 4: not JSON that can be read: maximum recursion"),
         (MOONCAKE + '{"timestamp": 1}\n', "line 4: 'input_length' is missing"),
         (MOONCAKE + "{\n", "line 4: not JSON"),
         (MOONCAKE + "[1]\n", "line 4: a request must be an object, not list"),
@@ -237,6 +247,10 @@ def test_a_binary_file_says_so(tmp_path: Path) -> None:
 
 
 def test_large_hash_ids_are_fine(tmp_path: Path) -> None:
-    line = json.dumps({"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [182_789, 182_790, 7]})
-    (request,) = read_trace(written(tmp_path, line + "\n")).requests
-    assert request.prefix_ids == (182_789, 182_790), "ids past the prompt's end are left out"
+    ids = [[2**63, 182_790, 7], [2**63, 5]]
+    lines = [json.dumps({"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": some}) for some in ids]
+    one, other = (request.prefix_ids for request in read_trace(written(tmp_path, "\n".join(lines))).requests)
+    assert len(one) == len(other) == 2, "ids past the prompt's end are left out"
+    assert one[0] == other[0]
+    assert one[1] != other[1]
+    assert max(*one, *other) < 10, "they are numbered, as token ids are made of them"
