@@ -15,7 +15,8 @@ from pagedattn.engine.stats import NORMAL
 
 @dataclass(frozen=True)
 class SmallerChunks:
-    """Prompts get ``share`` of a step's tokens, so that steps are shorter and who decodes is served faster."""
+    """Prompts get ``share`` of the tokens that the policy has for them, so that steps are shorter and who decodes is
+    served faster."""
 
     share: float = 0.25
 
@@ -77,7 +78,7 @@ class Ladder:
 
     @property
     def prompt_share(self) -> float:
-        """Of a step's tokens."""
+        """Of the tokens that a step has for prompts."""
         shares = [rung.action.share for rung in self._taken if isinstance(rung.action, SmallerChunks)]
         return min(shares, default=1.0)
 

@@ -43,6 +43,8 @@ class BatchingPolicy:
     ``prefill``: "whole": a prompt is computed in one step, whatever the budget; "whole_within_budget": the same, but
     others join only as far as the token budget goes; "chunked": prompts are cut to fill the budget; "equal_chunks":
     cut so that all prompts in the step progress equally.
+    ``prefill_limit``: while somebody decodes, prompts get no more tokens of a step than this, however many its budget
+    has; None is no limit.
     ``chunk_unit``: a chunk that does not end its prompt is a number of "token"s or of "block"s.
     ``pad``: the batch is a rectangle: prompts are padded to the longest, and a finished request keeps its row and its
     blocks until the last of its batch ends.
@@ -73,6 +75,7 @@ class BatchingPolicy:
     overtake_window: int = 0
     max_overtakes: int | None = 0
     mix: bool = True
+    prefill_limit: int | None = None
     chunk_unit: Literal["token", "block"] = "token"
     pad: bool = False
     preempt_by: Literal["recompute", "swap", "cheapest"] = "recompute"
@@ -88,6 +91,8 @@ class BatchingPolicy:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} is not allowed: it must be >= 0")
+        if self.prefill_limit is not None and self.prefill_limit < 1:
+            raise ValueError(f"prefill_limit={self.prefill_limit} is not allowed: it must be >= 1 or None")
         if not 0.0 <= self.watermark < 1.0:
             raise ValueError(f"watermark={self.watermark} is not allowed: it must be in [0, 1)")
         self._validate_combinations()
@@ -103,6 +108,8 @@ class BatchingPolicy:
             raise ValueError(
                 "prefill='equal_chunks' is not allowed unless order='decode_first' and reserve is not 'step'"
             )
+        if self.prefill_limit is not None and self.is_whole:
+            raise ValueError(f"prefill_limit={self.prefill_limit} is not allowed with prefill={self.prefill!r}")
         if not self.mix and (self.order != "waiting_first" or not self.is_whole):
             raise ValueError("mix=False is not allowed unless order='waiting_first' and prompts are whole")
 
@@ -118,8 +125,9 @@ class BatchingPolicy:
 
 
 POLICIES: dict[str, BatchingPolicy] = {
-    # Decodes first, prompts fill the budget; who joins leaves each running request two blocks to grow into, and a
-    # prompt that does not fit lets smaller ones pass, for a while.
+    # Decodes first, prompts fill the budget, but while somebody decodes only up to where more rows would only take
+    # longer; who joins leaves each running request two blocks to grow into, and a prompt that does not fit lets smaller
+    # ones pass, for a while.
     "default": BatchingPolicy(
         reserve="step",
         must_fit="sequence",
@@ -129,6 +137,7 @@ POLICIES: dict[str, BatchingPolicy] = {
         max_overtakes=32,
         order="decode_first",
         prefill="chunked",
+        prefill_limit=2048,
         when_full="preempt_last",
         preempt_by="cheapest",
     ),

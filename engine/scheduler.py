@@ -64,7 +64,7 @@ class Scheduler:
         self.waiting = make_queue(order, self.predictor)
         self.running: list[Request] = []  # in the order they started
         self.num_waiting_tokens = 0
-        self.prompt_share = 1.0  # of a step's tokens: prompts get no more, decodes what they need
+        self.prompt_share = 1.0  # of the tokens that the policy has for prompts they get no more
         self.lingering: list[Request] = []  # finished; padded rows of a batch that still runs, blocks held
         self.prefix_cache_queries = 0  # prompt tokens of requests when they joined for the first time
         self.prefix_cache_hits = 0  # those of them that were not computed
@@ -122,10 +122,10 @@ class Scheduler:
         """Choose the tokens of the next step and take the blocks for them. ``now``: seconds, on any clock."""
         is_tight = self.block_manager.num_free < self._num_watermark_blocks
         may_prefill = not (is_tight and self.policy.watermark_gates == "prefills")
-        step = StepDraft(now, self.policy.prefill, self._chunk_unit, self._step_tokens(), may_prefill)
-        for request in self._deadlines.start_step(now):
+        dropped = self._deadlines.start_step(now)
+        for request in dropped:
             self.finish(request, is_complete=False)
-            step.dropped.append(request)
+        step = StepDraft(now, self.policy.prefill, self._chunk_unit, self._step_tokens(), may_prefill, dropped)
         if self.policy.order == "waiting_first":
             self._admit_waiting(step)
             if self.policy.mix or not step.joined:
@@ -221,11 +221,12 @@ class Scheduler:
 
     def _step_tokens(self) -> int:
         """The step's budget. A prompt always finds a chunk in it, even where its share is less than one."""
-        if self.prompt_share == 1.0:
-            return self.max_num_batched_tokens
+        budget, limit = self.max_num_batched_tokens, self.policy.prefill_limit
+        if self.prompt_share == 1.0 and (limit is None or limit >= budget):
+            return budget
         num_decodes = sum(request.num_uncomputed_tokens == 1 for request in self.running)
-        num_prompt_tokens = max(int(self.prompt_share * self.max_num_batched_tokens), self._chunk_unit)
-        return min(num_decodes + num_prompt_tokens, self.max_num_batched_tokens)
+        num_for_prompts = budget if limit is None or not num_decodes else min(limit, budget)
+        return min(num_decodes + max(int(self.prompt_share * num_for_prompts), self._chunk_unit), budget)
 
     # Running requests
 

@@ -17,13 +17,13 @@ class StepDraft:
     chunk_unit: int
     token_budget: int
     may_prefill: bool  # False: only decodes run, and one prefill where there is none
+    dropped: list[Request]
     num_tokens: dict[Request, int] = field(default_factory=dict)
     uncut: dict[Request, int] = field(default_factory=dict)  # under "equal_chunks", not yet taken from the budget
     num_promised_tokens: int = 0  # of them: one unit each, or less where less is left of a prompt
     joined: list[Request] = field(default_factory=list)
     starved: list[Request] = field(default_factory=list)  # found no block
     preempted: list[Request] = field(default_factory=list)
-    dropped: list[Request] = field(default_factory=list)
 
     def num_tokens_for(self, request: Request) -> int:
         """How many of its uncomputed tokens; 0 when the budget has none for it."""

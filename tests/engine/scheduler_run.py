@@ -198,6 +198,10 @@ def check_work_conserved(scheduler: Scheduler, plan: StepPlan, joined: list[Requ
     not join. Restated here from the policies' description, not from the scheduler's code."""
     policy, block_manager = scheduler.policy, scheduler.block_manager
     left = scheduler.max_num_batched_tokens - plan.num_tokens
+    # Prompts may get less than the budget has: what the last of them left is not to be had.
+    num_decodes = sum(one.num_uncomputed_tokens == 1 for one in scheduler.running if one not in joined)
+    if policy.prefill_limit is not None and num_decodes:
+        left = min(left, policy.prefill_limit + num_decodes - plan.num_tokens)
     is_tight = policy.watermark_gates == "prefills" and policy.watermark > 0
     if policy.mix and not is_tight and left >= block_manager.block_size and policy.when_full == "preempt_last":
         assert len(plan.scheduled) == len(scheduler.running), "somebody sits out, with tokens left"

@@ -207,6 +207,26 @@ def test_vllm_takes_the_budget_in_the_order_of_starting_and_the_default_decodes_
         assert counts(scheduler.schedule(9.0)) == expected
 
 
+def test_prompts_get_no_more_than_their_limit_while_somebody_decodes() -> None:
+    policy = replace(POLICIES["default"], prefill_limit=10)
+    scheduler = make_scheduler(policy, max_num_batched_tokens=32)
+    for name in ("a", "b"):
+        scheduler.add(make_request(name, 4, 50))
+    scheduler.add(make_request("prompt", 40, 3))
+    assert run_counts(scheduler, 3) == [
+        {"a": 4, "b": 4, "prompt": 24},  # nobody is held up: the whole budget
+        {"a": 1, "b": 1, "prompt": 10},
+        {"a": 1, "b": 1, "prompt": 6},
+    ]
+    scheduler.add(make_request("first", 30, 3))
+    scheduler.add(make_request("second", 30, 3))
+    scheduler.prompt_share = 0.5  # under pressure, of what there is for prompts
+    assert run_counts(scheduler, 1) == [{"a": 1, "b": 1, "prompt": 1, "first": 5}]
+    for request in [one for one in scheduler.running if one.num_uncomputed_tokens == 1]:
+        scheduler.finish(request)
+    assert run_counts(scheduler, 1) == [{"first": 16}]
+
+
 def test_watermark_keeps_blocks_free_for_those_that_run() -> None:
     policy = replace(POLICIES["vllm"], watermark=0.25)
     scheduler = make_scheduler(policy, num_blocks=8, max_num_batched_tokens=64)
@@ -414,6 +434,8 @@ def test_a_step_looks_at_no_more_requests_than_join_and_may_be_passed() -> None:
         ({"headroom_blocks": -1}, "headroom_blocks=-1"),
         ({"max_overtakes": -1}, "max_overtakes=-1"),
         ({"watermark": 1.0}, "watermark=1.0"),
+        ({"prefill_limit": 0}, "prefill_limit=0"),
+        ({"prefill": "whole"}, "prefill_limit=2048 is not allowed with prefill='whole'"),
     ],
 )
 def test_policies_are_validated(change: dict, message: str) -> None:

@@ -24,18 +24,24 @@ from tests.engine.scheduler_run import make_request, make_run
 MORE_POLICIES: dict[str, BatchingPolicy] = {
     "sequence reserved": replace(POLICIES["default"], reserve="sequence", headroom_blocks=0),
     "whole and continuous": replace(
-        POLICIES["default"], reserve="max_tokens", must_fit="max_tokens", when_full="never", prefill="whole"
+        POLICIES["default"],
+        reserve="max_tokens",
+        must_fit="max_tokens",
+        when_full="never",
+        prefill="whole",
+        prefill_limit=None,
     ),
     "prefill first": replace(POLICIES["default"], order="waiting_first"),
     "static, not padded": replace(POLICIES["static"], pad=False),
     "equal chunks": replace(POLICIES["trtllm-no-evict"], prefill="equal_chunks"),
     "equal chunks, preempting": replace(POLICIES["trtllm-max-utilization"], prefill="equal_chunks"),
     "starved, to the tail": replace(POLICIES["transformers"], requeue="tail", join_after_preemption="next_step"),
+    "few prompt tokens": replace(POLICIES["default"], prefill_limit=3),
     "gated and preempting": replace(
         POLICIES["tgi-unchunked"], reserve="sequence", must_fit="sequence", when_full="preempt_last"
     ),
 }
-STEPS_PER_CASE = 300  # (10 policies x 7 orders + 8 policies) x 300 > 20,000
+STEPS_PER_CASE = 300  # (10 policies x 7 orders + 9 policies) x 300 > 20,000
 EXAMPLES_PER_CASE = 22
 
 
