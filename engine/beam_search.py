@@ -7,6 +7,7 @@ block again and nothing else.
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BeamSearchParams:
     """``beam_width`` beams go on at each step, for ``max_tokens`` tokens or until they end with an end-of-sequence id
-    (unless ``ignore_eos``). A score is the sum of log probabilities over length ** ``length_penalty``, where the length
-    is that of what was generated, without the end-of-sequence id. vLLM's names.
+    (unless ``ignore_eos``), or prompt and generation have the model's greatest length. A score is the sum of log
+    probabilities over length ** ``length_penalty``, where the length is that of what was generated, without the
+    end-of-sequence id. vLLM's names.
     """
 
     beam_width: int
@@ -38,6 +40,11 @@ class BeamSearchParams:
             if value < 1 or (most is not None and value > most):
                 allowed = ">= 1" if most is None else f"in [1, {most}]"
                 raise ValueError(f"{name}={value} is not allowed: it must be an int {allowed}")
+        penalty = self.length_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, int | float):
+            raise TypeError(f"length_penalty must be a number, not {penalty!r}")
+        if not abs(penalty) <= sys.float_info.max:
+            raise ValueError(f"length_penalty={penalty} is not allowed: it must be finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,13 @@ def beam_search(llm: LLM, prompts: Sequence[Prompt], params: BeamSearchParams) -
         temperature=0.0, max_tokens=1, logprobs=2 * params.beam_width, detokenize=False, ignore_eos=True
     )
     for _ in range(params.max_tokens):
-        work = [(search, beam) for search in searches if search.error is None for beam in search.beams]
+        work = [
+            (search, beam)
+            for search in searches
+            if search.error is None
+            for beam in search.beams
+            if not beam[0] or len(search.prompt.token_ids) + len(beam[0]) < llm.engine.config.max_model_len
+        ]
         if not work:
             break
         beams = [

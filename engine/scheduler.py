@@ -5,8 +5,9 @@ a prefill many, a chunked prefill some, and recomputing after a preemption start
 many and who may join (policy.py), the queue who is next (orders.py).
 
 Progress: a request gives up its blocks only to one that started before it (or, under an order by priority, that ranks
-before it), and ``add`` refuses what the pool can not hold alone, so somebody always advances. No step costs more than
-O(running + joined * log waiting).
+before it), and ``add`` refuses what the pool can not hold alone, so somebody always advances. A step costs
+O(running * (1 + preempted) + looked at * log waiting) and what the blocks of these cost; how many are looked at, the
+policy bounds.
 """
 
 from __future__ import annotations

@@ -82,9 +82,21 @@ def test_a_prompt_that_does_not_fit_has_an_error_and_the_others_go_on() -> None:
     assert len(outputs[1].sequences) == 2
 
 
+def test_beams_end_where_the_model_does() -> None:
+    llm = LLM("random", device="cpu", num_blocks=16, max_model_len=12)
+    longest, shorter = llm.beam_search([[65] * 11, [65] * 9], BeamSearchParams(beam_width=2, max_tokens=20))
+    for output, count in ((longest, 1), (shorter, 3)):
+        assert output.error is None
+        assert [len(sequence.token_ids) for sequence in output.sequences] == [count] * 2
+        assert [sequence.finish_reason for sequence in output.sequences] == ["length"] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
+        ({"length_penalty": float("nan")}, ValueError),
+        ({"length_penalty": float("inf")}, ValueError),
+        ({"length_penalty": "1"}, TypeError),
         ({"beam_width": 0}, ValueError),
         ({"beam_width": 11}, ValueError),
         ({"max_tokens": True}, TypeError),

@@ -97,7 +97,7 @@ def test_a_remembered_attempt_is_what_another_would_be(
         num_repeats += repeats
         return repeats
 
-    for seed in range(4):
+    for seed in range(2):
         histories = []
         for method in (count, lambda *_: False):
             monkeypatch.setattr(FruitlessJoin, "would_repeat", method)
@@ -217,4 +217,18 @@ def test_a_block_that_leaves_a_window_is_noticed() -> None:
     compute(manager, computing, 3)
     assert manager.num_free > num_free
     assert manager.find_prefix(waiting) != found  # one block of it is free now, and would have to be taken
+    assert manager.num_changes != before
+
+
+def test_a_prompt_that_a_sibling_has_computed_is_noticed() -> None:
+    manager = BlockManager(24, 4)
+    one, other = make_request("one", 10, 20), make_request("other", 10, 20)
+    one.siblings, other.siblings = [other], [one]
+    manager.ensure(one, 12)
+    manager.take_transfers()
+    compute(manager, one, 5)
+    assert manager.find_prefix(other) is None
+    before = manager.num_changes
+    compute(manager, one, 5)
+    assert manager.find_prefix(other) is not None
     assert manager.num_changes != before
