@@ -251,6 +251,45 @@ def test_fair_forgets_clients_that_have_nothing_to_remember() -> None:
     assert len(queue._heap) < 10
 
 
+@pytest.mark.parametrize("weights", [{}, {"a": 4.0, "b": 0.5}])
+def test_fair_always_takes_from_who_had_the_least(weights: dict[str, float]) -> None:
+    """Whoever came, left, joined for good or for a moment, was served or came back."""
+    for seed in range(200):
+        rng = random.Random(seed)
+        queue, waiting, running = FairQueue(weights), list[Request](), list[Request]()
+        for number in range(100):
+            operation = rng.choice("aaatttssspr")
+            if operation == "a":
+                request = make_request(
+                    str(number), rng.randint(1, 50), 5, client_id=rng.choice("abcdef"), arrival_time=number
+                )
+                queue.add(request)
+                waiting.append(request)
+            elif operation == "t" and waiting:
+                least = min(queue.counter(one.scheduling.client_id) for one in waiting)
+                request = queue.take(0.0)
+                assert queue.counter(request.scheduling.client_id) == least
+                stays = rng.choice(["does not fit", "for a moment", "joins", "joins"])
+                if stays != "does not fit":
+                    queue.joined(request)
+                if stays == "for a moment":
+                    queue.withdrawn(request)
+                if stays == "joins":
+                    waiting.remove(request)
+                    running.append(request)
+                else:
+                    queue.put_back(request)
+            elif operation == "s" and running:
+                queue.served(rng.choice(running))
+            elif operation == "p" and running:
+                request = running.pop(rng.randrange(len(running)))
+                request.num_preemptions += 1
+                queue.put_back(request)
+                waiting.append(request)
+            elif operation == "r" and waiting:
+                queue.remove(waiting.pop(rng.randrange(len(waiting))))
+
+
 def test_prefix_keeps_alike_prompts_together_within_the_bound() -> None:
     requests = [
         make_request(f"{prefix}{i}", 80, 4, arrival_time=float(i), prefix=prefix) for i in range(6) for prefix in (1, 2)
