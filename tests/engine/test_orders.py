@@ -256,9 +256,16 @@ def test_fair_always_takes_from_who_had_the_least(weights: dict[str, float]) -> 
     """Whoever came, left, joined for good or for a moment, was served or came back."""
     for seed in range(200):
         rng = random.Random(seed)
-        queue, waiting, running = FairQueue(weights), list[Request](), list[Request]()
+        queue = FairQueue(weights)
+        waiting: list[Request] = []
+        running: list[Request] = []
+        joined: list[Request] = []  # for a moment: before anything else happens they are withdrawn
         for number in range(100):
-            operation = rng.choice("aaatttssspr")
+            operation = rng.choice("aaattttttssspr")
+            while operation != "t" and joined:
+                queue.withdrawn(joined[-1])
+                queue.put_back(joined[-1])
+                waiting.append(joined.pop())
             if operation == "a":
                 request = make_request(
                     str(number), rng.randint(1, 50), 5, client_id=rng.choice("abcdef"), arrival_time=number
@@ -269,16 +276,14 @@ def test_fair_always_takes_from_who_had_the_least(weights: dict[str, float]) -> 
                 least = min(queue.counter(one.scheduling.client_id) for one in waiting)
                 request = queue.take(0.0)
                 assert queue.counter(request.scheduling.client_id) == least
-                stays = rng.choice(["does not fit", "for a moment", "joins", "joins"])
+                stays = rng.choice(["does not fit", "for a moment", "for a moment", "joins"])
                 if stays != "does not fit":
                     queue.joined(request)
-                if stays == "for a moment":
-                    queue.withdrawn(request)
-                if stays == "joins":
-                    waiting.remove(request)
-                    running.append(request)
-                else:
+                if stays == "does not fit":
                     queue.put_back(request)
+                    continue
+                waiting.remove(request)
+                (running if stays == "joins" else joined).append(request)
             elif operation == "s" and running:
                 queue.served(rng.choice(running))
             elif operation == "p" and running:
