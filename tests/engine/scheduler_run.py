@@ -221,6 +221,8 @@ def check_work_conserved(scheduler: Scheduler, plan: StepPlan, joined: list[Requ
     if block_manager.find_prefix(request, may_wait=policy.join == "every_step") is None:
         assert scheduler.running, "a request waits for a prefix that nobody computes"
         return
+    if any(sibling in joined for sibling in request.siblings):
+        return  # it can be forked from the next step on, even where all of its prompt came from the cache
     num_first = request.num_tokens if policy.is_whole else min(request.num_tokens, left)
     if policy.prefill == "whole_within_budget" and num_first > left:
         return
