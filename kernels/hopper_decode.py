@@ -35,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -226,33 +227,88 @@ def bytes_to_half(packed, BIAS: gl.constexpr):
 
 
 @gluon.jit
+def nibbles_to_bfloat(packed):
+    """Bytes of 0..15 less 8 as bf16: a byte in the low bits of 128.0 is that much more than 128."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 low, high, bias;
+        prmt.b32 low, $2, 0x43434343, 0x4140;
+        prmt.b32 high, $2, 0x43434343, 0x4342;
+        mov.b32 bias, 0x43084308;
+        sub.bf16x2 $0, low, bias;
+        sub.bf16x2 $1, high, bias;
+        }
+        """,
+        "=r,=r,r", [packed], dtype=gl.bfloat16, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def bytes_to_bfloat(packed):
+    """Signed bytes as bf16: 128 plus their low 7 bits, less 128, or 256 where the sign is set."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 low, high, low_bias, high_bias;
+        prmt.b32 low, $2, 0x43434343, 0x4140;
+        prmt.b32 high, $2, 0x43434343, 0x4342;
+        and.b32 low_bias, low, 0xff80ff80;
+        and.b32 high_bias, high, 0xff80ff80;
+        and.b32 low, low, 0xff7fff7f;
+        and.b32 high, high, 0xff7fff7f;
+        sub.bf16x2 $0, low, low_bias;
+        sub.bf16x2 $1, high, high_bias;
+        }
+        """,
+        "=r,=r,r", [packed], dtype=gl.bfloat16, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
 def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Write a stored tile [BLOCK_N, D] (int4: [BLOCK_N, D / 2]) as fp16, times scale [BLOCK_N] if there is one."""
+    """Write a stored tile [BLOCK_N, D] (int4: [BLOCK_N, D / 2]) in a half type, times scale [BLOCK_N] if it has one."""
+    DTYPE: gl.constexpr = tile.dtype
+    IN_BF16: gl.constexpr = DTYPE.is_bf16()
     numbers = stored.load(LAYOUT)
     if FORMAT == "int4":
         HALF: gl.constexpr = stored.shape[1]
-        even = bytes_to_half((numbers & 0x0F) ^ 0x08, 8)
-        odd = bytes_to_half((numbers >> 4) ^ 0x08, 8)
+        low = (numbers & 0x0F) ^ 0x08
+        high = (numbers >> 4) ^ 0x08
+        even = nibbles_to_bfloat(low) if IN_BF16 else bytes_to_half(low, 8)
+        odd = nibbles_to_bfloat(high) if IN_BF16 else bytes_to_half(high, 8)
         if HAS_SCALE:
-            even = (even.to(gl.float32) * scale[:, None]).to(gl.float16)
-            odd = (odd.to(gl.float32) * scale[:, None]).to(gl.float16)
+            even = (even.to(gl.float32) * scale[:, None]).to(DTYPE)
+            odd = (odd.to(gl.float32) * scale[:, None]).to(DTYPE)
         tile.slice(0, HALF, dim=1).store(even)
         tile.slice(HALF, HALF, dim=1).store(odd)
     else:
-        if FORMAT == "int8":
-            values = bytes_to_half(numbers.to(gl.uint8, bitcast=True) ^ 0x80, 128)
+        if FORMAT == "float8":
+            values = numbers.to(DTYPE)
+        elif IN_BF16:
+            values = bytes_to_bfloat(numbers)
         else:
-            values = numbers.to(gl.float16)
+            values = bytes_to_half(numbers.to(gl.uint8, bitcast=True) ^ 0x80, 128)
         if HAS_SCALE:
-            values = (values.to(gl.float32) * scale[:, None]).to(gl.float16)
+            values = (values.to(gl.float32) * scale[:, None]).to(DTYPE)
         tile.store(values)
 
 
 @gluon.jit
-def load_token_scales(scale_ptr, blocks, position, stride_block, stride_slot, end, BLOCK_SIZE: gl.constexpr):
-    """Scales of positions whose blocks are known; those behind the end are the last one's."""
-    slot = gl.minimum(position, end - 1) % BLOCK_SIZE
-    return gl.load(scale_ptr + blocks.to(gl.int64) * stride_block + slot * stride_slot)
+def load_token_scales(
+    k_scale_ptr, v_scale_ptr, blocks, position, end, exists,
+    stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
+    K_SCALE: gl.constexpr, V_SCALE: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+):  # fmt: skip
+    """Scales of keys and values whose blocks are known; those behind the end are the last one's."""
+    slot = gl.maximum(gl.minimum(position, end - 1), 0) % BLOCK_SIZE
+    key_scale = 1.0
+    value_scale = 1.0
+    if K_SCALE == 3:
+        key_scale = gl.load(k_scale_ptr + blocks.to(gl.int64) * stride_k_block + slot * stride_k_slot, mask=exists)
+    if V_SCALE == 3:
+        value_scale = gl.load(v_scale_ptr + blocks.to(gl.int64) * stride_v_block + slot * stride_v_slot, mask=exists)
+    return key_scale, value_scale
 
 
 @gluon.jit
@@ -327,7 +383,7 @@ def consume(
     head_tile, num_head_tiles, kv_head, first_head, heads_left, slot_rows, item,
     stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
     stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
-    keys, values, half_tile, query_tile, probability_tile, keys_full, values_full, tile_empty,
+    keys, values, key_tile, value_tile, query_tile, probability_tile, keys_full, values_full, tile_empty,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, QUERIES_PER_TILE: gl.constexpr,
     PAGE: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, SLOT_ROWS: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
@@ -348,6 +404,8 @@ def consume(
     STORED_ROW: gl.constexpr = gl.SliceLayout(1, STORED)
     DTYPE: gl.constexpr = query_tile.dtype
     IS_QUANTIZED: gl.constexpr = FORMAT != "same"
+    # fp16 has no room for the products of probabilities and scales, bf16 has.
+    SCALES_VALUES: gl.constexpr = V_SCALE == 3 and DTYPE.is_fp16()
     shared_scale = load_shared_scale(k_scale_ptr, kv_head, K_SCALE)
     result_scale = load_shared_scale(v_scale_ptr, kv_head, V_SCALE)
     column = gl.arange(0, COLUMNS, COLUMN)
@@ -384,7 +442,7 @@ def consume(
             mask=(copy_in_tile & (copy_query < queries))[:, None], other=0.0,
         )  # fmt: skip
         column_scale = gl.full([COLUMNS], logit_scale * shared_scale, gl.float32, COLUMN)
-        if IS_QUANTIZED:
+        if IS_QUANTIZED and DTYPE.is_fp16():
             query = query.to(gl.float32)
             largest = gl.max(gl.abs(query), 1)
             power = gl.exp2(gl.floor(gl.log2(gl.where(largest > 0.0, largest, 1.0))))
@@ -402,38 +460,45 @@ def consume(
         accumulator = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, PRODUCT)
         start = begin // PAGE * PAGE
         table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
-        if K_SCALE == 3:
-            key_position = start + gl.arange(0, BLOCK_N, ROW)
-            key_blocks = gl.load(table_ptr + gl.minimum(key_position, end - 1) // BLOCK_SIZE, mask=begin < end, other=0)
-        if V_SCALE == 3:
-            value_position = start + gl.arange(0, BLOCK_N, STORED_ROW)
-            value_blocks = gl.load(
-                table_ptr + gl.minimum(value_position, end - 1) // BLOCK_SIZE, mask=begin < end, other=0
+        position = start + gl.arange(0, BLOCK_N, ROW)
+        if K_SCALE == 3 or V_SCALE == 3:
+            # A tile's scales are asked for while the tile before it is computed with, and their blocks one earlier.
+            blocks = gl.load(table_ptr + gl.minimum(position, end - 1) // BLOCK_SIZE, mask=begin < end, other=0)
+            next_blocks = gl.load(
+                table_ptr + gl.minimum(position + BLOCK_N, end - 1) // BLOCK_SIZE, mask=begin < end, other=0
             )
+            key_scale, value_scale = load_token_scales(
+                k_scale_ptr, v_scale_ptr, blocks, position, end, begin < end,
+                stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
+                K_SCALE, V_SCALE, BLOCK_SIZE,
+            )  # fmt: skip
+        if IS_QUANTIZED and start < end:
+            mbarrier.wait(keys_full.index(stage), phase)
+            dequantize(keys.index(stage), key_tile, 1.0, FORMAT, False, STORED)
+            fence_async_shared()
+            synchronize()
         while start < end:
             position = start + gl.arange(0, BLOCK_N, ROW)
-            value_scale = 1.0
-            # A tile's scales are asked for before the tile has come, and the blocks of the next ones with them.
-            if K_SCALE == 3:
-                key_scale = load_token_scales(
-                    k_scale_ptr, key_blocks, position, stride_k_scale_block, stride_k_scale_slot, end, BLOCK_SIZE
-                )
-                key_blocks = gl.load(table_ptr + gl.minimum(position + BLOCK_N, end - 1) // BLOCK_SIZE)
-            if V_SCALE == 3:
-                value_position = start + gl.arange(0, BLOCK_N, STORED_ROW)
-                value_scale = load_token_scales(
-                    v_scale_ptr, value_blocks, value_position, stride_v_scale_block, stride_v_scale_slot, end,
-                    BLOCK_SIZE,
+            if K_SCALE == 3 or V_SCALE == 3:
+                next_key_scale, next_value_scale = load_token_scales(
+                    k_scale_ptr, v_scale_ptr, next_blocks, position + BLOCK_N, end, True,
+                    stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
+                    K_SCALE, V_SCALE, BLOCK_SIZE,
                 )  # fmt: skip
-                value_blocks = gl.load(table_ptr + gl.minimum(value_position + BLOCK_N, end - 1) // BLOCK_SIZE)
-            mbarrier.wait(keys_full.index(stage), phase)
+                next_blocks = gl.load(table_ptr + gl.minimum(position + 2 * BLOCK_N, end - 1) // BLOCK_SIZE)
             logits = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)
             if IS_QUANTIZED:
-                dequantize(keys.index(stage), half_tile, 1.0, FORMAT, False, STORED)
-                fence_async_shared()
-                synchronize()
-                logits = warpgroup_mma(half_tile, query_tile.permute((1, 0)), logits, use_acc=False)
+                # Each product runs while the other operand's next tile is dequantized.
+                logits_token = warpgroup_mma(key_tile, query_tile.permute((1, 0)), logits, use_acc=False, is_async=True)
+                mbarrier.wait(values_full.index(stage), phase)
+                if SCALES_VALUES:
+                    stored_scale = gl.convert_layout(value_scale, STORED_ROW)
+                    dequantize(values.index(stage), value_tile, stored_scale, FORMAT, True, STORED)
+                else:
+                    dequantize(values.index(stage), value_tile, 1.0, FORMAT, False, STORED)
+                logits = warpgroup_mma_wait(0, deps=[logits_token])
             else:
+                mbarrier.wait(keys_full.index(stage), phase)
                 logits = warpgroup_mma(keys.index(stage), query_tile.permute((1, 0)), logits, use_acc=False)
             logits *= column_scale[None, :]
             if K_SCALE == 3:
@@ -459,30 +524,43 @@ def consume(
             weights = weights * correction[None, :] + probabilities
             accumulator *= correction[None, :]
             maximum = new_maximum
+            if V_SCALE == 3 and not SCALES_VALUES:  # what is not seen may have any scale
+                probabilities = gl.where(probabilities > 0.0, probabilities * value_scale[:, None], 0.0)
             probability_tile.store(gl.permute(probabilities.to(DTYPE), (1, 0)))
             fence_async_shared()
             synchronize()
-            mbarrier.wait(values_full.index(stage), phase)
+            is_ragged = (start < begin) | (start + BLOCK_N > end)
+            next_stage = stage + 1
+            next_phase = phase
+            if next_stage == STAGES:
+                next_stage = 0
+                next_phase ^= 1
+            start += BLOCK_N
             if IS_QUANTIZED:
-                dequantize(values.index(stage), half_tile, value_scale, FORMAT, V_SCALE == 3, STORED)
-                fence_async_shared()
-                synchronize()
-                if (start < begin) | (start + BLOCK_N > end):
-                    clear_rows(half_tile, start, begin, end, COPY)
-                accumulator = warpgroup_mma(half_tile.permute((1, 0)), probability_tile.permute((1, 0)), accumulator)
+                mbarrier.arrive(tile_empty.index(stage), count=1)
+                if is_ragged:
+                    clear_rows(value_tile, start - BLOCK_N, begin, end, COPY)
+                result_token = warpgroup_mma(
+                    value_tile.permute((1, 0)), probability_tile.permute((1, 0)), accumulator, is_async=True
+                )
+                if start < end:
+                    mbarrier.wait(keys_full.index(next_stage), next_phase)
+                    dequantize(keys.index(next_stage), key_tile, 1.0, FORMAT, False, STORED)
+                    fence_async_shared()
+                accumulator = warpgroup_mma_wait(0, deps=[result_token])
+                synchronize()  # all warps have read the values and written the keys
             else:
-                if (start < begin) | (start + BLOCK_N > end):
-                    clear_rows(values.index(stage), start, begin, end, COPY)
+                mbarrier.wait(values_full.index(stage), phase)
+                if is_ragged:
+                    clear_rows(values.index(stage), start - BLOCK_N, begin, end, COPY)
                 accumulator = warpgroup_mma(
                     values.index(stage).permute((1, 0)), probability_tile.permute((1, 0)), accumulator
                 )
-            synchronize()  # all warps have read the tile
-            mbarrier.arrive(tile_empty.index(stage), count=1)
-            start += BLOCK_N
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
+                synchronize()  # all warps have read the tile
+                mbarrier.arrive(tile_empty.index(stage), count=1)
+            if K_SCALE == 3 or V_SCALE == 3:
+                key_scale, value_scale = next_key_scale, next_value_scale
+            stage, phase = next_stage, next_phase
         denominator = gl.sum(weights, 0)
         denominator = gl.where(denominator == 0.0, 1.0, denominator)
         result = accumulator * (1.0 / denominator)[None, :]
@@ -630,7 +708,9 @@ def hopper_decode_kernel(
     TILES_PER_KV_HEAD: gl.constexpr = (GROUP + HEADS - 1) // HEADS
     STORED_TYPE: gl.constexpr = key_descriptor.dtype
     STORED_DIM: gl.constexpr = HEAD_DIM // 2 if FORMAT == "int4" else HEAD_DIM
-    DTYPE: gl.constexpr = query_ptr.dtype.element_ty if FORMAT == "same" else gl.float16
+    # Values whose scales join the probabilities need the range of the queries' type.
+    KEEPS_TYPE: gl.constexpr = FORMAT == "same" or V_SCALE == 3
+    DTYPE: gl.constexpr = query_ptr.dtype.element_ty if KEEPS_TYPE else gl.float16
     num_head_tiles = num_kv_heads * TILES_PER_KV_HEAD
     head_tile = gl.program_id(0) % num_head_tiles
     worker = gl.program_id(0) // num_head_tiles
@@ -639,9 +719,11 @@ def hopper_decode_kernel(
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys = gl.allocate_shared_memory(STORED_TYPE, [STAGES, BLOCK_N, STORED_DIM], key_descriptor.layout)
     values = gl.allocate_shared_memory(STORED_TYPE, [STAGES, BLOCK_N, STORED_DIM], value_descriptor.layout)
-    half_tile = keys.index(0)  # of the keys, then of the values that the consumer is at; nothing uses this one
+    key_tile = keys.index(0)  # what is multiplied of quantized caches; else nothing uses these two
+    value_tile = keys.index(0)
     if FORMAT != "same":
-        half_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], swizzled)
+        key_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], swizzled)
+        value_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], swizzled)
         if K_SCALE == 3:
             k_scale_ptr += kv_head.to(gl.int64) * stride_k_scale_head
         if V_SCALE == 3:
@@ -675,7 +757,7 @@ def hopper_decode_kernel(
                     kv_head * GROUP + head_of_group, GROUP - head_of_group, slot_rows, worker,
                     stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
                     stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
-                    keys, values, half_tile, query_tile, probability_tile,
+                    keys, values, key_tile, value_tile, query_tile, probability_tile,
                     keys_full, values_full, tile_empty,
                     HEADS, HEAD_DIM, COLUMNS, QUERIES_PER_TILE, PAGE, BLOCK_N, SLOTS, SLOT_ROWS, STAGES,
                     CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI, HAS_SINKS, RETURN_LSE,

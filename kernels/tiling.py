@@ -288,7 +288,7 @@ def choose_hopper_decode(
     available = HOPPER_HALF_SHARED_MEMORY if is_half else HOPPER_SHARED_MEMORY
     available -= columns * (head_size + HOPPER_BLOCK_N) * 2 + 4096  # query, probabilities; barriers and reductions
     if cache_itemsize < 2:
-        available -= HOPPER_BLOCK_N * head_size * 2  # the tile that was dequantized
+        available -= 2 * HOPPER_BLOCK_N * head_size * 2  # the tiles of keys and values that were dequantized
     stage = int(2 * HOPPER_BLOCK_N * head_size * cache_itemsize)
     in_flight = HOPPER_IN_FLIGHT // (2 if is_half else 1)
     stages = min(available // stage, max(2, in_flight // stage))
