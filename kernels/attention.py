@@ -134,10 +134,9 @@ def tanh(x):
 
 
 @triton.jit
-def multiply_by_keys(query, key):
+def multiply_by_keys(query, key, DIM: tl.constexpr):
     """Logits [ROWS, BLOCK_N]. In fp32, products are added up 32 at a time, and then these sums: added up one after the
     other, each would be rounded by the size of all that came before it."""
-    DIM: tl.constexpr = query.shape[1]
     if query.dtype == tl.float32 and DIM > 32:
         query_parts = tl.permute(tl.reshape(query, [query.shape[0], DIM // 32, 32]), (1, 0, 2))
         key_parts = tl.permute(tl.reshape(key, [key.shape[0], DIM // 32, 32]), (1, 2, 0))
@@ -248,11 +247,11 @@ def attend_keys(
         pages = load_pages(table_ptr, position + BLOCK_N, first_key, end_key, BLOCK_SIZE)
         inside = (position >= first_key) & (position < end_key)
         key = load_tokens(key_ptr, key_offset, inside, KEY_DIM, KEY_PADDED, KEY_FORMAT, IS_MASKED, DTYPE)
-        logits = multiply_by_keys(query, key)
+        logits = multiply_by_keys(query, key, KEY_PADDED)
         if KEY_REST > 0:
             rest_ptr = key_ptr + (KEY_DIM // 2 if KEY_FORMAT == "int4" else KEY_DIM)
             rest = load_tokens(rest_ptr, key_offset, inside, KEY_REST, KEY_REST, KEY_FORMAT, IS_MASKED, DTYPE)
-            logits += multiply_by_keys(query_rest, rest)
+            logits += multiply_by_keys(query_rest, rest, KEY_REST)
         value = load_tokens(value_ptr, value_offset, inside, VALUE_DIM, VALUE_PADDED, VALUE_FORMAT, IS_MASKED, DTYPE)
         if V_SCALE == 3:
             # Not into the probabilities: what is multiplied there is rounded once more.
