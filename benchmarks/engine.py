@@ -1,6 +1,7 @@
 """Tokens per second of whole engines on one trace: ours, its static baseline, and transformers' two ways to generate.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.engine --device cpu [--json OUT]
+    python -m benchmarks.engine --device cuda --trace uniform,exp --model 135m,8b    # benchmarks/throughput.py
 
 What bounds it: a decode step reads every weight once, whatever the batch (SmolLM2 in fp32: 538 MB), and its sequences'
 keys and values (46 KB a token); a CPU adds 0.27 GFLOP for each row. So rows are cheap until the arithmetic takes as
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import throughput
 from benchmarks.systems import ContinuousGenerate, PaddedGenerate, Paged, Run, System, as_transformers
 from benchmarks.traces import Trace, digest, make_trace
 from pagedattn.engine.llm import DEFAULT_BATCHED_TOKENS
@@ -283,9 +285,16 @@ def print_table(document: dict[str, Any]) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--model", help="default: smollm2-135m-instruct on cpu, random-135m on cuda; a plain Llama")
+    parser.add_argument(
+        "--model",
+        help="default: smollm2-135m-instruct on cpu, random-135m on cuda; a plain Llama. With --trace: 135m,8b",
+    )
     parser.add_argument("--dtype", default="auto", help="auto: fp32 on a CPU, bf16 on CUDA")
-    parser.add_argument("--num-requests", type=int, default=32)
+    parser.add_argument("--num-requests", type=int, help="default: 32; with --trace 256")
+    parser.add_argument(
+        "--trace",
+        help="uniform, exp or both with a comma: output tokens per second on a GPU (benchmarks/throughput.py)",
+    )
     parser.add_argument("--workload", choices=("exp", "uniform"), default="exp")
     parser.add_argument("--seed", type=int, default=0, help="of the trace")
     parser.add_argument("--output-scale", type=float, default=1.0, help="multiplies every output length (default: 1)")
@@ -296,7 +305,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--trial-scale", type=float, default=0.25, help="output lengths of those trials (default: 0.25)"
     )
     parser.add_argument("--json", type=Path, help="also write the results, every round of them, to this file")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.num_requests is None:
+        parsed.num_requests = 32 if parsed.trace is None else 256
+    return parsed
 
 
 def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -348,15 +360,19 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     try:
-        document = benchmark(parsed)
-    except (DifferentTokensError, ModelStoreError, ValueError) as error:
+        if parsed.trace is None:
+            document = benchmark(parsed)
+            print_table(document)
+        else:
+            document = {**about_machine(torch.device(parsed.device)), **throughput.benchmark(parsed)}
+    except (DifferentTokensError, throughput.WrongCountError, ModelStoreError, ValueError) as error:
         print(f"benchmarks.engine: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DifferentTokensError) else 2
-    print_table(document)
+        return 2 if isinstance(error, ModelStoreError | ValueError) else 1
     if parsed.json:
         parsed.json.parent.mkdir(parents=True, exist_ok=True)
         parsed.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({**document, "systems": [{**row, "rounds": None} for row in document["systems"]]}))
+    rows = "systems" if parsed.trace is None else "rows"
+    print(json.dumps({**document, rows: [{**row, "rounds": None} for row in document[rows]]}))
     return 0
 
 

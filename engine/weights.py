@@ -105,12 +105,7 @@ def load_model(
     target = _parse_device(device)
     requested = _parse_dtype(dtype)
     if name in RANDOM_MODELS:
-        config = RANDOM_MODELS[name]
-        tokenizer = Tokenizer.byte_level(config.vocab_size)
-        config = replace(config, eos_token_ids=tokenizer.eos_token_ids, bos_token_id=tokenizer.bos_token_id)
-        decoder = Decoder(config, _resolve_dtype(requested, config, target), target, max_model_len)
-        fill_with_random_weights(decoder, seed=0)
-        return LoadedModel(config, decoder, tokenizer, name)
+        return random_model(RANDOM_MODELS[name], dtype, target, max_model_len, name=name)
 
     path = model_store.resolve(name, progress=progress)
     checkpoint = GgufCheckpoint(path) if path.is_file() else HuggingFaceCheckpoint(path)
@@ -121,6 +116,26 @@ def load_model(
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
     return LoadedModel(config, decoder, checkpoint.tokenizer, name)
+
+
+def random_model(
+    config: ModelConfig,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    max_model_len: int | None = None,
+    *,
+    name: str = "random",
+) -> LoadedModel:
+    """A model of any shape with random weights, made on the device, and a tokenizer of bytes: to measure with.
+
+    Arguments and errors as for ``load_model``; the vocabulary must have room for the 256 bytes and three ids more.
+    """
+    target = _parse_device(device)
+    tokenizer = Tokenizer.byte_level(config.vocab_size)
+    config = replace(config, eos_token_ids=tokenizer.eos_token_ids, bos_token_id=tokenizer.bos_token_id)
+    decoder = Decoder(config, _resolve_dtype(_parse_dtype(dtype), config, target), target, max_model_len)
+    fill_with_random_weights(decoder, seed=0)
+    return LoadedModel(config, decoder, tokenizer, name)
 
 
 @torch.inference_mode()
