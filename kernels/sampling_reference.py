@@ -70,7 +70,7 @@ def sample_tokens(
     """A token for each row of logits [B, V], int64 [B]; arguments as in ``layer_ops.sample_tokens``."""
     maxima, token_ids = logits.max(dim=-1)
     rows = (temperature > 0).nonzero().squeeze(-1)
-    if rows.numel() == token_ids.numel():
+    if 0 < rows.numel() == token_ids.numel():
         token_ids = _draw(logits, temperature, top_k, top_p, min_p, uniform(seed, position))
     elif rows.numel():
         draws = uniform(seed[rows], position[rows])
@@ -80,9 +80,13 @@ def sample_tokens(
 
 def _draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, draws: Tensor) -> Tensor:
     """Tokens [R] of rows [R, V] at positions ``draws``, fp64 [R] in (0, 1), of what the filters leave of the CDF."""
-    probabilities = torch.softmax(logits.float() / temperature[:, None], dim=-1)
+    scaled = logits.float() / temperature[:, None]
+    probabilities = torch.softmax(scaled, dim=-1)
     filtered = ((top_p < 1.0) | (top_k > 0) | (min_p > 0.0)).nonzero().squeeze(-1)
-    if filtered.numel():
+    if filtered.numel() == len(probabilities):
+        thresholds = _probability_thresholds(probabilities, top_k, top_p, min_p)
+        probabilities.masked_fill_(probabilities < thresholds, 0.0)
+    elif filtered.numel():
         subset = probabilities[filtered]
         thresholds = _probability_thresholds(subset, top_k[filtered], top_p[filtered], min_p[filtered])
         probabilities[filtered] = subset.masked_fill_(subset < thresholds, 0.0)
