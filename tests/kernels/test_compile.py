@@ -317,3 +317,31 @@ def test_the_other_kernels_compile(capability: int) -> None:
                 loads = set(re.findall(r"ld\.global\.\S+", compiled.asm["ptx"]))
                 assert loads <= {"ld.global.v4.b32", "ld.global.v2.b32", "ld.global.b64"}, loads
                 assert compiled.metadata.shared == 0
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_the_batch_state_compiles(capability: int) -> None:
+    from pagedattn.kernels import batch_state
+
+    long = {"input_ids_ptr", "positions_ptr", "slot_mapping_ptr", "seed_ptr", "position_ptr"}
+    floats = {"temperature_ptr", "top_p_ptr", "min_p_ptr"}
+    for is_decode in (False, True):
+        flags = {"HAS_TOKEN_IDS": not is_decode, "HAS_SAMPLE_ROWS": not is_decode}
+        for kernel, constants in (
+            (batch_state.update_words_kernel, {"CHUNK": 1024}),
+            (batch_state.move_rows_kernel, {"NUM_FIELDS": 10, "NUM_GROUPS": 2, "CHUNK": 1024}),
+            (batch_state.prepare_inputs_kernel, {"BLOCK_SIZE": 16, "NUM_GROUPS": 2, "CHUNK": 32, **flags}),
+            (batch_state.accept_tokens_kernel, {"HAS_SAMPLE_ROWS": not is_decode, "CHUNK": 256}),
+        ):
+            pointers = {name: "*i32" for name in kernel.arg_names if name.endswith("_ptr")}
+            is_prepared = kernel is batch_state.prepare_inputs_kernel
+            pointers |= dict.fromkeys(long if is_prepared else {"token_ids_ptr"} & pointers.keys(), "*i64")
+            pointers |= dict.fromkeys(floats if is_prepared else set(), "*fp32")
+            names = {name for name in kernel.arg_names if name in constants}
+            compile_kernel(
+                kernel,
+                capability,
+                pointers,
+                {name: constants[name] for name in names},
+                num_warps=1 if is_prepared else 4,
+            )
