@@ -192,9 +192,10 @@ class BlockManager:
         return True
 
     def commit(self, holder: BlockHolder) -> None:
-        """``num_computed_tokens`` has grown: full blocks can be shared, and what no later token sees is free."""
+        """More tokens are computed or known: full blocks of known ones can be shared, and what no later token sees is
+        free."""
         holding = self._holdings[holder.request_id]
-        if self.enable_prefix_caching and holder.num_computed_tokens // self.block_size > holding.num_shareable:
+        if self.enable_prefix_caching and _num_full_blocks(holder, self.block_size) > holding.num_shareable:
             self._share_computed(holding)
         if self._has_windows:
             self._release_unseen(holding)
@@ -226,9 +227,13 @@ class BlockManager:
 
     def disown(self, holder: BlockHolder) -> None:
         """Nobody may share what the request has computed: it is not to be trusted."""
-        holding = self._holdings[holder.request_id]
-        holding.may_share_more = False
-        node = holding.node
+        holding = self._holdings.get(holder.request_id)
+        if holding is not None:
+            holding.may_share_more = False
+            node = holding.node
+        else:  # preempted
+            path = self._pool.tree.walk(hashes_of(holder, self.block_size), len(holder.token_ids))
+            node = path[-1] if path else None
         while node is not None:
             self._pool.uncache([block_id for block_id in node.block_ids if block_id != NO_BLOCK])
             node = node.parent
@@ -305,7 +310,7 @@ class BlockManager:
         """Full blocks that are computed now can be found by their hash."""
         holder, tree = holding.holder, self._pool.tree
         hashes = hashes_of(holder, self.block_size)
-        num_full = holder.num_computed_tokens // self.block_size
+        num_full = _num_full_blocks(holder, self.block_size)
         self._pool.note_change(holding.computes)
         while holding.may_share_more and holding.num_shareable < num_full:
             index = holding.num_shareable
@@ -376,3 +381,8 @@ class BlockManager:
 
     def _unexpect(self, holder: BlockHolder) -> None:
         self._pool.unwant(self._expected.pop(holder.request_id, ()))
+
+
+def _num_full_blocks(holder: BlockHolder, block_size: int) -> int:
+    """Blocks whose tokens are all computed and known. Of a token that is pending it is only known where it will be."""
+    return min(holder.num_computed_tokens, len(holder.token_ids)) // block_size

@@ -7,13 +7,12 @@ from bisect import bisect_right
 
 import torch
 
-from pagedattn.engine.batch import prepare_batch
 from pagedattn.engine.block_manager import BlockManager
 from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.layer_groups import LayerGroups, group_layers, peak_blocks
 from pagedattn.engine.model import Decoder
+from pagedattn.engine.model_runner import ModelRunner
 from pagedattn.engine.request import Request
-from pagedattn.engine.sampler import sample
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
 
@@ -90,11 +89,19 @@ def _measure_step_bytes(
         manager.ensure(request, num_tokens)
     plan = StepPlan(tuple(ScheduledRequest(request, 0, num_tokens, True) for request in requests))
     cache = KVCache(decoder.config, manager.num_blocks, block_size, decoder.dtype, decoder.device)
+    runner = ModelRunner(
+        decoder,
+        cache,
+        max_num_seqs=num_seqs,
+        max_model_len=num_tokens,
+        block_size=block_size,
+        device=decoder.device,
+    )
     torch.cuda.synchronize(decoder.device)
     before = torch.cuda.memory_allocated(decoder.device)
     torch.cuda.reset_peak_memory_stats(decoder.device)
-    sample(decoder.forward(prepare_batch(plan, block_size, decoder.device, num_groups=len(windows)), cache), requests)
+    runner.launch(plan).wait()
     peak = torch.cuda.max_memory_allocated(decoder.device)
-    del cache
+    del cache, runner
     torch.cuda.empty_cache()
     return peak - before

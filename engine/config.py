@@ -21,7 +21,8 @@ class EngineConfig:
     where requests without one get theirs from. ``max_waiting_requests``, ``max_waiting_tokens``: at most so many
     sequences, and tokens of them, wait for a place (docs/operation.md); None is no bound. ``log_interval``: seconds
     between two lines of the log, None for none. ``alerts``: what is looked at every ``check_interval`` seconds.
-    ``degradation``: what is given up under pressure, the first rung first.
+    ``degradation``: what is given up under pressure, the first rung first. ``async_scheduling``: a step is launched
+    before the tokens of the one before it are known (docs/decode-loop.md). ``enforce_eager``: no CUDA graphs.
     """
 
     num_blocks: int
@@ -40,14 +41,17 @@ class EngineConfig:
     check_interval: float = 1.0
     alerts: tuple[AlertRule, ...] = ()
     degradation: tuple[Rung, ...] = ()
+    async_scheduling: bool = False
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed: it must be an int >= 1")
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ValueError(f"enable_prefix_caching={self.enable_prefix_caching!r} is not allowed: True or False")
+        for name in ("enable_prefix_caching", "async_scheduling", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: True or False")
         if not isinstance(self.swap_space, int | float) or not 0.0 <= self.swap_space < float("inf"):
             raise ValueError(f"swap_space={self.swap_space!r} is not allowed: it must be a finite number of GiB >= 0")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

@@ -14,28 +14,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from pagedattn.engine.batch import BatchTensors, prepare_batch
-from pagedattn.engine.block_manager import BlockManager, BlockTransfers
+from pagedattn.engine.block_manager import BlockManager
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.degradation import Ladder
 from pagedattn.engine.length_predictor import LengthPredictor
+from pagedattn.engine.model_runner import Cache, Model, ModelRunner, RunningStep
 from pagedattn.engine.monitor import Alert, Monitor, notify
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
+from pagedattn.engine.output_processor import OutputProcessor, sequence_id
 from pagedattn.engine.outputs import FinishReason, RequestOutput
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
 from pagedattn.engine.queue_bound import QueueBound, QueueSize
 from pagedattn.engine.request import Request
-from pagedattn.engine.sampler import NO_FINITE_LOGITS, SampledToken, sample
+from pagedattn.engine.sampler import NO_FINITE_LOGITS
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
 from pagedattn.engine.scheduling_params import SchedulingParams
-from pagedattn.engine.stats import EngineStats, StatsRecorder
+from pagedattn.engine.stats import EngineStats
 from pagedattn.engine.swap_space import SwapSpace
 from pagedattn.layer_ops import derive_seed
 
@@ -45,52 +45,54 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Cache(Protocol):
-    """What the engine needs of a cache: the windows of its groups of layers, and to copy whole blocks."""
-
-    @property
-    def windows(self) -> tuple[int | None, ...]: ...
-
-    null_block: int
-
-    def transfer(self, transfers: BlockTransfers) -> None: ...
-
-
-class Model(Protocol):
-    """What the engine needs of a decoder: a batch's logits, [L, vocabulary]; keys and values go to ``cache``."""
-
-    def forward(self, batch: BatchTensors, cache: Any) -> Tensor: ...
-
-
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step did.
 
-    ``outputs``: the requests that got a token or ended, those aborted since the step before included.
-    ``num_scheduled_tokens``: tokens computed, by request id. ``usage``: the blocks as the step had them, before the
-    requests that it ended gave theirs back. ``error``: why the whole step failed, None when it did not.
+    ``outputs``: the requests that got a token or ended, those aborted since the step before included; of requests that
+    are not streamed those that ended. ``plan``: what was computed, None when nothing was. ``usage``: the blocks as the
+    step had them, before the requests that it ended gave theirs back; None unless asked for. ``error``: why the whole
+    step failed, None when it did not.
     """
 
     outputs: list[RequestOutput]
-    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
-    num_padding_tokens: int = 0
-    preempted: tuple[str, ...] = ()  # request ids
+    plan: StepPlan | None = None
     usage: BlockUsage | None = None
     error: str | None = None
 
     @property
+    def num_scheduled_tokens(self) -> dict[str, int]:
+        """Tokens computed, by sequence."""
+        scheduled = self.plan.scheduled if self.plan is not None else ()
+        return {item.request.request_id: item.num_tokens for item in scheduled}
+
+    @property
+    def num_padding_tokens(self) -> int:
+        return self.plan.num_padding_tokens if self.plan is not None else 0
+
+    @property
+    def preempted(self) -> tuple[str, ...]:
+        """Of sequences, by id."""
+        return tuple(request.request_id for request in self.plan.preempted) if self.plan is not None else ()
+
+    @property
     def num_seqs(self) -> int:
-        return len(self.num_scheduled_tokens)
+        return self.plan.num_seqs if self.plan is not None else 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens of requests; the padding is not counted."""
-        return sum(self.num_scheduled_tokens.values())
+        return self.plan.num_tokens if self.plan is not None else 0
 
 
-def _sequence_id(request_id: str, index: int) -> str:
-    """What the scheduler knows the ``index``-th sequence of a request by."""
-    return request_id if index == 0 else f"{request_id}#{index}"
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    """``running`` is None where the launch failed, with ``error``."""
+
+    plan: StepPlan
+    running: RunningStep | None
+    usage: BlockUsage | None
+    error: Exception | None = None
 
 
 class Engine:
@@ -117,7 +119,6 @@ class Engine:
         swap_space: SwapSpace | None = None,
         on_alert: Callable[[Alert], None] | None = None,
     ) -> None:
-        self.decoder = decoder
         self.cache = cache
         self.tokenizer = tokenizer
         self.config = config
@@ -130,14 +131,21 @@ class Engine:
             swap_space=swap_space,
         )
         self.scheduler = Scheduler.from_config(config, self.block_manager, predictor)
+        self.runner = ModelRunner(
+            decoder,
+            cache,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            device=torch.device(device),
+        )
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self._device = torch.device(device)
-        self._groups: dict[str, OutputGroup] = {}  # by request
-        self._builders: dict[str, OutputBuilder] = {}  # by sequence, of which a request has one or more
+        self._outputs = OutputProcessor(tokenizer, self._eos_token_ids)
+        self._launched: deque[_LaunchedStep] = deque()  # whose tokens are to come
+        self._must_drain = False  # the runner has forgotten its state: every token must be known before the next launch
         self._request_counter = itertools.count()
         self._request_names = map(str, itertools.count())
-        self._recorder = StatsRecorder()
         self._queue_bound = QueueBound(config.max_waiting_requests, config.max_waiting_tokens)
         # Not reentrant: a generator that is finalized in the middle of a step aborts its requests from within it.
         self._lock = threading.Lock()
@@ -158,7 +166,7 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._groups)
+        return bool(self._outputs.groups)
 
     def add_request(
         self,
@@ -168,8 +176,10 @@ class Engine:
         request_id: str | None = None,
         arrival_time: float | None = None,
         scheduling_params: SchedulingParams | None = None,
+        is_streamed: bool = True,
     ) -> str:
-        """Queue a request and return its id. ``arrival_time``: seconds of ``clock``, None = now.
+        """Queue a request and return its id. ``arrival_time``: seconds of ``clock``, None = now. ``is_streamed`` False:
+        the request has no output before its last one, which costs less.
 
         Raises ValueError for a bad prompt or an id in use, TypeError for bad parameters, RequestRejectedError (a
         ValueError) when the request can never fit, QueueFullError when too many wait.
@@ -194,18 +204,18 @@ class Engine:
         if not math.isfinite(arrival_time):
             raise ValueError(f"arrival_time={arrival_time} is not allowed: it must be a finite number of seconds")
         with self._lock:
-            if request_id is not None and self._is_in_use(request_id, params.n):
+            if request_id is not None and self._outputs.is_in_use(request_id, params.n):
                 raise ValueError(f"request_id={request_id!r} is in use by an unfinished request")
             # Before the request has a number: who is refused must not change the seeds of those to come.
             if self._queue_bound.is_bounded:
                 self._queue_bound.check(self.clock(), self.scheduler.queue_size, size)
             number = next(self._request_counter)
             if request_id is None:
-                request_id = next(name for name in self._request_names if not self._is_in_use(name, params.n))
+                request_id = next(name for name in self._request_names if not self._outputs.is_in_use(name, params.n))
             seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
             sequences = [
                 Request(
-                    _sequence_id(request_id, index),
+                    sequence_id(request_id, index),
                     tokenized.token_ids,
                     params,
                     max_num_tokens=max_num_tokens,
@@ -217,23 +227,19 @@ class Engine:
                 )
                 for index in range(params.n)
             ]
-            self._add_sequences(request_id, sequences, tokenized)
+            self._add_sequences(request_id, sequences, tokenized, is_streamed)
             self._queue_bound.accept(size)
         return request_id
 
-    def _is_in_use(self, request_id: str, num_sequences: int) -> bool:
-        names = (_sequence_id(request_id, index) for index in range(num_sequences))
-        return request_id in self._groups or any(name in self._builders for name in names)
-
-    def _add_sequences(self, request_id: str, sequences: list[Request], prompt: TokenizedPrompt) -> None:
-        group = OutputGroup(request_id, prompt.text, sequences[0].prompt_token_ids)
+    def _add_sequences(
+        self, request_id: str, sequences: list[Request], prompt: TokenizedPrompt, is_streamed: bool
+    ) -> None:
         for sequence in sequences:
             sequence.siblings = [other for other in sequences if other is not sequence]
-            builder = OutputBuilder(sequence, group, self.tokenizer, self._eos_token_ids)
             self.scheduler.add(sequence)  # the first is refused if any is
-            self._builders[sequence.request_id] = builder
-        self._groups[request_id] = group
-        self._recorder.num_prompt_tokens += sequences[0].num_prompt_tokens
+        prompt_token_ids = sequences[0].prompt_token_ids
+        group = OutputGroup(request_id, prompt.text, prompt_token_ids, is_streamed=is_streamed)
+        self._outputs.add(group, sequences)
 
     def abort(self, request_id: str) -> None:
         """End a request now, whatever it is doing; its blocks are free. An id that is unknown or ended is ignored.
@@ -248,16 +254,21 @@ class Engine:
             finally:
                 self._lock.release()
 
-    def step(self) -> StepResult:
-        """Compute one batch. With nothing to do it only hands out what was aborted."""
+    def step(self, *, with_usage: bool = True) -> StepResult:
+        """Compute one batch. With nothing to do it only hands out what was aborted.
+
+        With ``async_scheduling`` the batch is launched, and the result is that of the one before: nothing the first
+        time. ``with_usage`` False leaves out the result's ``usage``, which costs time for each running sequence.
+        """
         with self._lock:
             self._apply_aborts()
-            result = self._step() if self.has_unfinished else StepResult([])
+            result = self._step(with_usage) if self.has_unfinished else StepResult([])
             self._apply_aborts()
             result.outputs.extend(self._aborted_outputs)
             self._aborted_outputs.clear()
             alerts = self._observe(result) if self._monitor is not None else []
             if not self.has_unfinished:
+                self._drain()
                 self.check_integrity()
         notify(alerts, self._on_alert)  # without the lock, so that a callback may add and abort requests
         return result
@@ -279,139 +290,133 @@ class Engine:
         return self._monitor.alerts_of(now, interval)
 
     def _shed(self, request: Request, now: float) -> OutputGroup:
-        builder = self._builders[request.request_id]
+        builder = self._outputs.builders[request.request_id]
         message = f"shed under pressure: priority {request.scheduling.priority} was the lowest that waited"
         self._end(builder, "shed", now, message)
         return builder.group
 
-    @torch.inference_mode()
-    def _step(self) -> StepResult:
-        now = self.clock()
-        plan = self.scheduler.schedule(now)
-        if self._queue_bound.is_bounded:
-            self._queue_bound.observe(now, self.scheduler.queue_size)
-        dropped = dict.fromkeys(self._drop(request, now) for request in plan.dropped)
-        outputs = [group.build() for group in dropped]
-        if not plan.scheduled:  # whoever was left has been dropped
-            assert not plan.transfers, "blocks are to be copied for nobody"
+    def _step(self, with_usage: bool) -> StepResult:
+        """Schedule and launch a step; then finish it, or the one before while it runs."""
+        outputs: list[RequestOutput] = []
+        num_left_running = 0
+        if not self._must_drain:
+            now = self.clock()
+            plan = self.scheduler.schedule(now)
+            if self._queue_bound.is_bounded:
+                self._queue_bound.observe(now, self.scheduler.queue_size)
+            dropped = dict.fromkeys(self._drop(request, now) for request in plan.dropped)
+            outputs += [group.build() for group in dropped]
+            if plan.scheduled:
+                self._launch(plan, with_usage)
+                num_left_running = int(self.config.async_scheduling and not self._must_drain)
+            else:  # whoever was left has been dropped, or has only its last token to come
+                assert not plan.transfers, "blocks are to be copied for nobody"
+        if len(self._launched) <= num_left_running:
             return StepResult(outputs)
-        result = self._compute(plan)
+        result = self._finish_next()
         result.outputs.extend(outputs)
         return result
 
-    def _compute(self, plan: StepPlan) -> StepResult:
+    def _launch(self, plan: StepPlan, with_usage: bool) -> None:
+        """Enqueue the plan's work; from here on its tokens count as computed, and those that follow as pending."""
+        usage = self.scheduler.block_usage(plan) if with_usage else None
         try:
-            if plan.transfers:
-                self.cache.transfer(plan.transfers)
-            batch = prepare_batch(
-                plan,
-                self.config.block_size,
-                self._device,
-                num_groups=self.block_manager.num_groups,
-                null_block=self.cache.null_block,
-            )
-            logits = self.decoder.forward(batch, self.cache)
-            sampled = sample(logits, plan.sampled_requests)
-        except Exception as error:  # noqa: BLE001  whatever it is, these requests end with it and the engine goes on
-            return self._fail(plan, error)
-        return self._finish(plan, sampled)
-
-    def _finish(self, plan: StepPlan, sampled: list[SampledToken]) -> StepResult:
-        """Give each request its token, and let those go that end with it."""
-        now = self.clock()
-        usage = self.scheduler.block_usage(plan)
-        updated: dict[OutputGroup, None] = {}  # ordered
-        tokens = iter(sampled)
+            running = self.runner.launch(plan)
+        except BaseException as error:
+            self._must_drain = bool(self._launched)
+            if not isinstance(error, Exception):
+                raise
+            self._must_drain = True
+            self._launched.append(_LaunchedStep(plan, None, usage, error))
+            return
+        self._launched.append(_LaunchedStep(plan, running, usage))
+        advance = self.scheduler.advance
         for scheduled in plan.scheduled:
-            request = scheduled.request
             if scheduled.needs_sample:
-                builder = self._builders[request.request_id]
-                token = next(tokens)
-                self._append_token(builder, token, now)
-            # After the token: an interrupt between the two must not leave a request with nothing to compute.
-            self.scheduler.advance(scheduled)
-            if scheduled.needs_sample:
-                if token.token_id is None:  # its keys and values may be NaN too: nobody shall share them
-                    self.block_manager.disown(request)
-                if builder.finish_reason is not None:
-                    self._end(builder, builder.finish_reason, now)
-                updated[builder.group] = None
-        return self._result(plan, usage, [group.build() for group in updated])
+                scheduled.request.num_pending_tokens += 1
+            advance(scheduled)
 
-    def _fail(self, plan: StepPlan, error: Exception) -> StepResult:
+    def _finish_next(self) -> StepResult:
+        """Wait for the step that was launched first, give its requests their tokens, and let those go that end."""
+        step = self._launched[0]
+        if step.running is None:
+            assert step.error is not None
+            return self._fail(step, step.error)
+        try:
+            token_ids, logprobs = step.running.wait()
+        except Exception as error:  # noqa: BLE001  whatever it is, these requests end with it and the engine goes on
+            return self._fail(step, error)
+        self._pop_launched()
+        now = self.clock()
+        updated: dict[OutputGroup, None] = {}  # ordered
+        outputs, scheduler = self._outputs, self.scheduler
+        sampled = zip(step.plan.sampled_requests, token_ids, strict=True)
+        for place, (request, token_id) in enumerate(sampled):
+            builder = outputs.find(request)
+            if builder is None:  # it has ended since: the token is nobody's
+                continue
+            if token_id < 0:
+                builder.finish_reason, builder.error = "error", NO_FINITE_LOGITS
+                self.block_manager.disown(request)  # its keys and values may be NaN too: nobody shall share them
+            else:
+                outputs.append(builder, token_id, logprobs.get(place), now)
+                scheduler.learn(request)
+            if builder.finish_reason is not None:
+                self._end(builder, builder.finish_reason, now)
+                updated[builder.group] = None
+            elif builder.group.is_streamed:
+                updated[builder.group] = None
+        return self._result(step, updated)
+
+    def _fail(self, step: _LaunchedStep, error: Exception) -> StepResult:
         """End all requests of a step that raised."""
         message = f"the step failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         logger.debug(message, exc_info=error)
+        self.runner.state.forget()
+        self._must_drain = True
+        self._pop_launched()
         now = self.clock()
-        usage = self.scheduler.block_usage(plan)
-        groups: dict[OutputGroup, None] = {}  # ordered
-        for scheduled in plan.scheduled:
-            builder = self._builders[scheduled.request.request_id]
-            self._end(builder, "error", now, message)
-            groups[builder.group] = None
-        for request in plan.preempted:  # their blocks may not have been copied
+        updated: dict[OutputGroup, None] = {}  # ordered
+        for scheduled in step.plan.scheduled:
+            builder = self._outputs.find(scheduled.request)
+            if builder is not None:
+                self._end(builder, "error", now, message)
+                updated[builder.group] = None
+        for request in step.plan.preempted:  # their blocks may not have been copied
             self.block_manager.discard_swapped(request)
-        return self._result(plan, usage, [group.build() for group in groups], message)
+        return self._result(step, updated, message)
 
-    def _append_token(self, builder: OutputBuilder, token: SampledToken, now: float) -> None:
-        request, recorder = builder.request, self._recorder
-        if token.token_id is None:
-            builder.finish_reason, builder.error = "error", NO_FINITE_LOGITS
-            return
-        try:
-            builder.append(token)
-        except Exception as error:  # a tokenizer that chokes on one request's tokens is not the others' concern
-            logger.debug("request %s could not take its token", request.request_id, exc_info=error)
-            builder.finish_reason, builder.error = "error", f"detokenizing failed: {type(error).__name__}: {error}"
-        recorder.num_generated_tokens += 1
-        if request.first_token_time is None:
-            request.first_token_time = now
-            if not any(sibling.first_token_time is not None for sibling in request.siblings):
-                recorder.ttfts.append(now - request.arrival_time)
-        if builder.last_token_time is not None:
-            recorder.inter_token_latencies.append(now - builder.last_token_time)
-        builder.last_token_time = now
+    def _pop_launched(self) -> None:
+        self._launched.popleft()
+        self._must_drain = self._must_drain and bool(self._launched)
+
+    def _drain(self) -> None:
+        """All have ended: wait for a step that runs for nobody any more, and let go of the ended."""
+        while self._launched:
+            self._finish_next()
+        self.runner.state.release()
 
     def _end(self, builder: OutputBuilder, reason: FinishReason, now: float, error: str | None = None) -> None:
-        request, recorder = builder.request, self._recorder
-        builder.finish_reason = reason
-        builder.error = error or builder.error
-        request.finished_time = now
         if reason != "deadline":  # the scheduler has dropped that one itself
-            self.scheduler.finish(request, is_complete=reason in ("stop", "length"))
-        del self._builders[request.request_id]
-        if not builder.group.is_finished:
-            return
-        del self._groups[builder.group.request_id]
-        reasons = {other.finish_reason for other in builder.group.builders}
-        if "error" in reasons:
-            recorder.num_failed += 1
-        elif "abort" in reasons:
-            recorder.num_aborted += 1
-        elif "deadline" in reasons:
-            recorder.num_dropped += 1
-        elif "shed" in reasons:
-            recorder.num_shed += 1
-        else:
-            recorder.num_finished += 1
-            recorder.latencies.append(now - request.arrival_time)
+            self.scheduler.finish(builder.request, is_complete=reason in ("stop", "length"))
+        self._outputs.end(builder, reason, now, error)
 
     def _drop(self, request: Request, now: float) -> OutputGroup:
-        builder = self._builders[request.request_id]
+        builder = self._outputs.builders[request.request_id]
         waited = now - request.arrival_time
         limits = request.scheduling
         self._end(
             builder,
             "deadline",
             now,
-            f"the deadline can not be met: {request.num_output_tokens} tokens after {waited:.3g} s, with "
+            f"the deadline can not be met: {len(request.output_token_ids)} tokens after {waited:.3g} s, with "
             f"first_token_timeout={limits.first_token_timeout}, timeout={limits.timeout}",
         )
         return builder.group
 
     def _apply_aborts(self) -> None:
         while self._requested_aborts:
-            group = self._groups.get(self._requested_aborts.popleft())
+            group = self._outputs.groups.get(self._requested_aborts.popleft())
             if group is None:
                 continue
             for builder in group.builders:
@@ -419,22 +424,14 @@ class Engine:
                     self._end(builder, "abort", self.clock())
             self._aborted_outputs.append(group.build())
 
-    def _result(
-        self, plan: StepPlan, usage: BlockUsage, outputs: list[RequestOutput], error: str | None = None
-    ) -> StepResult:
-        recorder = self._recorder
+    def _result(self, step: _LaunchedStep, updated: Iterable[OutputGroup], error: str | None = None) -> StepResult:
+        recorder, plan = self._outputs.recorder, step.plan
         recorder.num_steps += 1
         recorder.num_computed_tokens += plan.num_tokens
         recorder.num_padding_tokens += plan.num_padding_tokens
         recorder.num_preemptions += len(plan.preempted)
-        return StepResult(
-            outputs,
-            {scheduled.request.request_id: scheduled.num_tokens for scheduled in plan.scheduled},
-            plan.num_padding_tokens,
-            tuple(request.request_id for request in plan.preempted),
-            usage,
-            error,
-        )
+        outputs = [group.build() for group in updated if group.is_streamed or group.is_finished]
+        return StepResult(outputs, plan, step.usage, error)
 
     def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Prompt and generation together, cut at max_model_len as vLLM does. Raises RequestRejectedError."""
@@ -450,7 +447,7 @@ class Engine:
 
     def stats(self, since: EngineStats | None = None) -> EngineStats:
         """A snapshot; exact between two steps. With ``since`` its distributions cover what came after that one."""
-        recorder, usage = self._recorder, self.scheduler.block_usage()
+        recorder, usage = self._outputs.recorder, self.scheduler.block_usage()
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -489,7 +486,7 @@ class Engine:
         """Every block is free or held by one running request; without requests all are free. Raises AssertionError."""
         self.scheduler.check_integrity()
         known = {request.request_id for request in (*self.scheduler.waiting, *self.scheduler.running)}
-        assert known == set(self._builders), f"requests {known ^ set(self._builders)} are known to one side only"
+        assert known == set(self._outputs.builders), f"{known ^ set(self._outputs.builders)} are known to one side only"
         if not known:
             num_used = self.block_manager.num_used + self.block_manager.swap_space.num_used
             assert num_used == 0, f"idle, and {num_used} blocks are used"

@@ -59,7 +59,7 @@ class MeanLengthPredictor:
         return min(max(estimate, 1.0), float(bound))
 
     def observe(self, request: Request) -> None:
-        length = float(request.num_output_tokens)
+        length = float(len(request.token_ids) - request.num_prompt_tokens)  # one may be pending, and not be its
         self._everyone.update(length)
         for key in self._keys(request):
             mean = self._groups.setdefault(key, _Mean())

@@ -8,17 +8,23 @@ from typing import TYPE_CHECKING
 from pagedattn.engine.detokenizer import Detokenizer
 from pagedattn.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from pagedattn.engine.request import Request
-from pagedattn.engine.sampler import SampledToken, TokenLogprobs
+from pagedattn.engine.sampler import TokenLogprobs
 
 if TYPE_CHECKING:
     from pagedattn.engine.tokenizer import Tokenizer
 
 
 class OutputGroup:
-    """The sequences that a request asked for, and the ``RequestOutput`` that they are together."""
+    """The sequences that a request asked for, and the ``RequestOutput`` that they are together.
 
-    def __init__(self, request_id: str, prompt: str | None, prompt_token_ids: list[int]) -> None:
+    ``is_streamed`` False: nobody looks before the end, so text is made then, unless a stop string is looked for in it.
+    """
+
+    def __init__(
+        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], *, is_streamed: bool = True
+    ) -> None:
         self.request_id = request_id
+        self.is_streamed = is_streamed
         self.builders: list[OutputBuilder] = []
         self._prompt = prompt
         self._prompt_token_ids = prompt_token_ids
@@ -74,30 +80,52 @@ class OutputBuilder:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._detokenizer = Detokenizer(tokenizer, request.params) if request.params.detokenize else None
+        self._is_text_due = group.is_streamed or bool(request.params.stop_strings)
+        self._num_detokenized = 0
         self._logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
         self._cumulative_logprob = 0.0
         self._num_emitted_chars = 0
         self._num_emitted_tokens = 0
 
-    def append(self, sampled: SampledToken) -> None:
-        """Take the request's next token, and note in ``finish_reason`` whether it ends the request."""
-        request, token_id = self.request, sampled.token_id
-        assert token_id is not None
-        request.token_ids.append(token_id)
-        if self._logprobs is not None and sampled.logprobs is not None:
-            self._logprobs.append(self._decode_logprobs(token_id, sampled.logprobs))
-            self._cumulative_logprob += sampled.logprobs.logprob
+    def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Take the request's pending token, and note in ``finish_reason`` whether it ends the request."""
+        request = self.request
+        token_ids = request.token_ids
+        token_ids.append(token_id)
+        request.num_pending_tokens -= 1
+        if self._logprobs is not None and logprobs is not None:
+            self._logprobs.append(self._decode_logprobs(token_id, logprobs))
+            self._cumulative_logprob += logprobs.logprob
 
-        may_stop = request.num_output_tokens > request.params.min_tokens
-        if may_stop and token_id in request.stop_token_ids:
+        if token_id in request.stop_token_ids and self._may_stop:
             is_eos = token_id in self._eos_token_ids and not request.params.ignore_eos
             self.finish_reason, self.stop_reason = "stop", None if is_eos else token_id
-        if self._detokenizer is not None and not self._append_text(token_id, self._detokenizer, may_stop):
+        if self._is_text_due and self._detokenizer is not None and self._is_cut_by(self._detokenizer):
             return
-        if self.finish_reason is None and request.num_tokens >= request.max_num_tokens:
+        if self.finish_reason is None and len(token_ids) >= request.max_num_tokens:
             self.finish_reason = "length"
-        if self._detokenizer is not None and self.finish_reason is not None:
+        if self.finish_reason is not None and self._detokenizer is not None:
+            self.complete_text()
             self._detokenizer.flush()
+
+    @property
+    def _may_stop(self) -> bool:
+        request = self.request
+        return len(request.token_ids) - request.num_prompt_tokens > request.params.min_tokens
+
+    def complete_text(self) -> None:
+        """The sequence has ended: add the text of tokens that were not looked at before."""
+        detokenizer, request = self._detokenizer, self.request
+        if detokenizer is None:
+            return
+        num_text_tokens = len(request.token_ids) - request.num_prompt_tokens
+        ends_by_id = self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
+        if ends_by_id and not request.params.include_stop_str_in_output:
+            num_text_tokens -= 1  # a stop token's text does not appear
+        first = request.num_prompt_tokens + self._num_detokenized
+        for token_id in request.token_ids[first : request.num_prompt_tokens + num_text_tokens]:
+            detokenizer.append(token_id, may_stop=False)
+        self._num_detokenized = num_text_tokens
 
     def build(self, index: int) -> CompletionOutput:
         """The sequence as it stands; what is new in it counts as handed out."""
@@ -120,15 +148,17 @@ class OutputBuilder:
         self._num_emitted_chars, self._num_emitted_tokens = num_ready, len(token_ids)
         return completion
 
-    def _append_text(self, token_id: int, detokenizer: Detokenizer, may_stop: bool) -> bool:
-        """Add the token's text, unless it is a stop token's; False when the text is cut at a stop string."""
+    def _is_cut_by(self, detokenizer: Detokenizer) -> bool:
+        """Add the last token's text, unless it is a stop token's; True when the text is cut at a stop string."""
         if self.finish_reason is not None and not self.request.params.include_stop_str_in_output:
-            return True
-        stop_string = detokenizer.append(token_id, may_stop=may_stop and self.finish_reason is None)
+            return False
+        self._num_detokenized += 1
+        may_stop = self.finish_reason is None and self._may_stop
+        stop_string = detokenizer.append(self.request.token_ids[-1], may_stop=may_stop)
         if stop_string is None:
-            return True
+            return False
         self.finish_reason, self.stop_reason = "stop", stop_string
-        return False
+        return True
 
     def _decode_logprobs(self, token_id: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
         """The chosen token first, then the likeliest in their order."""

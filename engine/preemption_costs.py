@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from pagedattn.engine.batch import prepare_batch
 from pagedattn.engine.block_manager import BlockManager, BlockTransfers
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.model import Decoder
+from pagedattn.engine.model_runner import ModelRunner
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
@@ -52,7 +52,15 @@ def measure_preemption_costs(
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
-    compute = partial(_compute, decoder, cache, manager, config.max_num_batched_tokens)
+    runner = ModelRunner(
+        decoder,
+        cache,
+        max_num_seqs=1,
+        max_model_len=config.max_model_len,
+        block_size=cache.block_size,
+        device=cache.device,
+    )
+    compute = partial(_compute, runner, manager, config.max_num_batched_tokens)
     step = seconds(partial(compute, 1))
     recompute = [max(0.0, seconds(partial(compute, length)) - step) for length in measured]
     swap = []
@@ -63,7 +71,7 @@ def measure_preemption_costs(
     return PreemptionCosts(measured, tuple(recompute), tuple(swap))
 
 
-def _compute(decoder: Decoder, cache: KVCache, manager: BlockManager, max_step_tokens: int, num_tokens: int) -> None:
+def _compute(runner: ModelRunner, manager: BlockManager, max_step_tokens: int, num_tokens: int) -> None:
     """The steps that compute so many tokens of one request."""
     request = Request("costs", [0] * num_tokens, SamplingParams(), max_num_tokens=num_tokens + 1)
     while request.num_uncomputed_tokens:
@@ -72,10 +80,7 @@ def _compute(decoder: Decoder, cache: KVCache, manager: BlockManager, max_step_t
         fits = manager.ensure(request, start + count)
         assert fits, f"{manager.num_blocks} blocks do not hold {num_tokens} tokens"
         plan = StepPlan((ScheduledRequest(request, start, count, count == request.num_uncomputed_tokens),))
-        batch = prepare_batch(
-            plan, cache.block_size, cache.device, num_groups=manager.num_groups, null_block=cache.null_block
-        )
-        decoder.forward(batch, cache)
+        runner.launch(plan).wait()
         request.num_computed_tokens += count
         manager.commit(request)
     manager.free(request)

@@ -14,8 +14,10 @@ _PLAIN = SchedulingParams()
 class Request:
     """One sequence on its way through the engine.
 
-    ``token_ids`` are the prompt's and then the generated ones; ``num_computed_tokens`` of them have their keys and
-    values in the cache, in the blocks ``block_ids`` (which the block manager alone changes). Requests of an equal
+    ``token_ids`` are the prompt's and then the generated ones, as far as they are known; ``num_pending_tokens`` more
+    are being sampled by a step that runs, and count as tokens too. ``num_computed_tokens`` of them all have their keys
+    and values in the cache, or will when the steps that run have ended, in the blocks ``block_ids`` (which the block
+    manager alone changes). Requests of an equal
     ``cache_salt`` share what is cached; ``siblings`` have the same prompt and fork from it. ``max_num_tokens`` bounds
     prompt and generation together. ``stop_token_ids`` are all ids that end it, the end-of-sequence ids included. Times
     are in seconds of the engine's clock, None until they happen.
@@ -49,6 +51,7 @@ class Request:
         self.prefix_hashes: PrefixHashes | None = None
         self.siblings: list[Request] = []
         self.num_prompt_tokens = len(self.token_ids)
+        self.num_pending_tokens = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # computed already when it joined for the first time
         self.num_preemptions = 0
@@ -71,15 +74,17 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens that a step can be given. The last one that it may have is never computed: none while it is pending."""
+        num_tokens = len(self.token_ids) + self.num_pending_tokens
+        return min(num_tokens, self.max_num_tokens - 1) - self.num_computed_tokens
 
     @property
     def max_cached_tokens(self) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pagedattn import layer_ops
+from pagedattn.engine.device_copies import to_device, to_host
 from pagedattn.engine.request import Request
 
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary has
@@ -32,14 +33,6 @@ class TokenLogprobs:
     top_logprobs: list[float]
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """``token_id`` None: the row had no finite maximum, nothing can be sampled from it."""
-
-    token_id: int | None
-    logprobs: TokenLogprobs | None = None
-
-
 class SamplingTensors(NamedTuple):
     """What ``layer_ops.sample_tokens`` takes beside the logits, in its order; one entry a row."""
 
@@ -51,82 +44,51 @@ class SamplingTensors(NamedTuple):
     position: Tensor  # int64, the request's number of output tokens
 
 
-def sampling_tensors(requests: Sequence[Request], device: torch.device) -> SamplingTensors:
-    """The parameters of ``requests`` for their next tokens."""
-    params = [request.params for request in requests]
-    columns: tuple[tuple[list[Any], torch.dtype], ...] = (
-        ([0.0 if one.is_greedy else one.temperature for one in params], torch.float32),
-        ([min(one.top_k, MAX_TOP_K) for one in params], torch.int32),
-        ([one.top_p for one in params], torch.float32),
-        ([one.min_p for one in params], torch.float32),
-        ([layer_ops.as_int64(request.seed) for request in requests], torch.int64),
-        ([request.num_output_tokens for request in requests], torch.int64),
-    )
-    return SamplingTensors(*(torch.tensor(values, dtype=dtype, device=device) for values, dtype in columns))
+def sample_again(
+    logits: Tensor, sampling: SamplingTensors, held: Sequence[tuple[int, Request]]
+) -> tuple[Tensor, Tensor] | None:
+    """Tokens for samples whose requests may not end yet: (their indices, the tokens), int64; None where all may.
 
-
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-    """One token for each row of ``logits`` [L, vocabulary], by the parameters of ``requests`` [L].
-
-    ``logits`` may be written to.
+    ``logits`` [L, vocabulary] are left as they are. ``held``: (index, request) of those that ``min_tokens`` may hold.
     """
-    assert logits.shape[0] == len(requests), f"{logits.shape[0]} rows of logits for {len(requests)} requests"
-    if not requests:
-        return []
-    raw_logprobs = _raw_logprobs(logits, requests)
-    _mask_stop_tokens(logits, requests)
-    chosen = layer_ops.sample_tokens(logits, *sampling_tensors(requests, logits.device)).tolist()
-    logprobs = _chosen_logprobs(raw_logprobs, chosen, requests)
-    return [
-        SampledToken(None) if token_id < 0 else SampledToken(token_id, logprobs.get(row))
-        for row, token_id in enumerate(chosen)
-    ]
-
-
-def _index(rows: list[int], logits: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device=logits.device)
-
-
-def _mask_stop_tokens(logits: Tensor, requests: Sequence[Request]) -> None:
-    rows, columns = [], []
-    for row, request in enumerate(requests):
-        if request.num_output_tokens < request.params.min_tokens:
-            for token_id in request.stop_token_ids:
-                rows.append(row)
-                columns.append(token_id)
-    if rows:
-        logits[_index(rows, logits), _index(columns, logits)] = -torch.inf
-
-
-def _raw_logprobs(logits: Tensor, requests: Sequence[Request]) -> tuple[list[int], Tensor] | None:
-    """The rows that ask for log probabilities, and these, [rows, vocabulary]."""
-    rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-    if not rows:
+    rows: list[int] = []
+    columns: list[int] = []
+    indices: list[int] = []
+    for index, request in held:
+        if request.num_output_tokens < request.params.min_tokens and request.stop_token_ids:
+            rows += [len(indices)] * len(request.stop_token_ids)
+            columns += request.stop_token_ids
+            indices.append(index)
+    if not indices:
         return None
-    return rows, torch.log_softmax(logits[_index(rows, logits)].float(), dim=-1)
+    selected = to_device(indices, torch.int64, logits.device)
+    masked = logits[selected]
+    where = [to_device(values, torch.int64, logits.device) for values in (rows, columns)]
+    masked[tuple(where)] = -torch.inf
+    return selected, layer_ops.sample_tokens(masked, *(values[selected] for values in sampling))
 
 
-def _chosen_logprobs(
-    raw_logprobs: tuple[list[int], Tensor] | None, chosen: list[int], requests: Sequence[Request]
-) -> dict[int, TokenLogprobs]:
-    if raw_logprobs is None:
-        return {}
-    rows, logprobs = raw_logprobs
-    ids = _index([max(chosen[row], 0) for row in rows], logprobs).unsqueeze(-1)
-    chosen_logprobs = logprobs.gather(-1, ids)
-    ranks = (logprobs > chosen_logprobs).sum(dim=-1) + 1
-    num_top = min(max(requests[row].params.logprobs or 0 for row in rows), logprobs.shape[-1])
-    top = torch.topk(logprobs, num_top, dim=-1)
-    per_row = zip(
-        rows,
-        chosen_logprobs.squeeze(-1).tolist(),
-        ranks.tolist(),
-        top.indices.tolist(),
-        top.values.tolist(),
-        strict=True,
-    )
-    result = {}
-    for row, logprob, rank, top_ids, top_values in per_row:
-        count = requests[row].params.logprobs or 0
-        result[row] = TokenLogprobs(logprob, rank, top_ids[:count], top_values[:count])
-    return result
+class PendingLogprobs:
+    """Log probabilities of samples, on their way from the device to the host.
+
+    ``asked``: (index, count) of samples, and of how many likeliest tokens each wants to know. Neither ``logits`` [L,
+    vocabulary] nor ``token_ids`` (int64 [L]) are used after the constructor.
+    """
+
+    def __init__(self, logits: Tensor, token_ids: Tensor, asked: Sequence[tuple[int, int]]) -> None:
+        self._asked = asked
+        selected = to_device([index for index, _ in asked], torch.int64, logits.device)
+        logprobs = torch.log_softmax(logits[selected].float(), dim=-1)
+        chosen = logprobs.gather(-1, token_ids[selected].clamp(min=0).unsqueeze(-1))
+        ranks = (logprobs > chosen).sum(dim=-1) + 1
+        num_top = min(max(count for _, count in asked), logprobs.shape[-1])
+        top = torch.topk(logprobs, num_top, dim=-1)
+        self._arriving = [to_host(values) for values in (chosen.squeeze(-1), ranks, top.indices, top.values)]
+
+    def read(self) -> dict[int, TokenLogprobs]:
+        """By sample, once the device has come so far."""
+        per_sample = zip(self._asked, *(values.tolist() for values in self._arriving), strict=True)
+        return {
+            index: TokenLogprobs(logprob, rank, top_ids[:count], top_values[:count])
+            for (index, count), logprob, rank, top_ids, top_values in per_sample
+        }

@@ -142,12 +142,18 @@ class Scheduler:
         return self._plan(step)
 
     def advance(self, scheduled: ScheduledRequest) -> None:
-        """The step ran: these tokens are in the cache, and the token that followed is the request's."""
+        """The step runs: for every later one these tokens are in the cache. The token that follows is the request's,
+        known or pending."""
         request = scheduled.request
         request.num_computed_tokens = scheduled.num_computed_tokens + scheduled.num_tokens
         self.block_manager.commit(request)
         if scheduled.needs_sample and self.waiting.accounts:
             self.waiting.served(request)
+
+    def learn(self, request: Request) -> None:
+        """A pending token has become known: a block that it completes can be shared, if the request still holds it."""
+        if len(request.token_ids) % self.block_manager.block_size == 0 and request.block_ids:
+            self.block_manager.commit(request)
 
     def finish(self, request: Request, *, is_complete: bool = True) -> None:
         """The request leaves, for whatever reason; its blocks are free unless its padded batch still runs.

@@ -105,7 +105,7 @@ def test_smaller_chunks_keep_decodes_fast_and_give_the_same_tokens(policy: str) 
             expected[engine.add_request(prompt, greedy(1))] = expected_tokens(prompt, 1, ignore_eos=True)
         engine.step()  # the pressure shows at its end
         before = engine.stats()
-        while decoding in engine._groups:
+        while decoding in engine._outputs.groups:
             engine.step()
         latencies = engine.stats(since=before).inter_token_latency
         assert latencies is not None

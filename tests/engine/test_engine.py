@@ -318,7 +318,7 @@ def test_a_tokenizer_that_chokes_fails_its_request_alone(monkeypatch: pytest.Mon
     def choke(token_id: int) -> str:
         raise RuntimeError("invalid prefix")
 
-    monkeypatch.setattr(engine._builders[names[0]]._detokenizer._stream, "step", choke)  # type: ignore[union-attr]
+    monkeypatch.setattr(engine._outputs.builders[names[0]]._detokenizer._stream, "step", choke)  # type: ignore[union-attr]
     finished = run_to_end(engine)
     assert finished[names[0]].error == "detokenizing failed: RuntimeError: invalid prefix"
     assert finished[names[1]].outputs[0].token_ids == expected_tokens(work[1], 5, ignore_eos=True)
@@ -374,7 +374,7 @@ def test_an_abort_from_within_a_step_waits_for_its_end() -> None:
     def abort_within(batch: BatchTensors) -> None:
         engine.abort("victim")
 
-    engine.decoder = FakeDecoder(4, abort_within)
+    engine.runner.decoder = FakeDecoder(4, abort_within)
     engine.add_request([98], greedy(3, ignore_eos=True), request_id="victim")
     engine.add_request([99], greedy(3, ignore_eos=True), request_id="other")
     first = engine.step()
@@ -460,7 +460,7 @@ def test_static_streams_and_pays_for_padding() -> None:
     def record(batch: BatchTensors) -> None:
         seen.append((len(batch.input_ids), int(batch.query_start_loc[-1])))
 
-    engine.decoder = FakeDecoder(4, record)
+    engine.runner.decoder = FakeDecoder(4, record)
     engine.add_request([98] * 5, greedy(3, ignore_eos=True))
     engine.add_request([98] * 2, greedy(1, ignore_eos=True))
     results = []
@@ -474,7 +474,7 @@ def test_static_streams_and_pays_for_padding() -> None:
 
 def test_ended_requests_are_let_go() -> None:
     engine = fake_engine()
-    request = weakref.ref(engine._builders[engine.add_request([98, 99], greedy(4))].request)
+    request = weakref.ref(engine._outputs.builders[engine.add_request([98, 99], greedy(4))].request)
     assert request() is not None
     run_to_end(engine)
     gc.collect()

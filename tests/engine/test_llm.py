@@ -296,7 +296,7 @@ def test_outputs_taken_by_another_hand_do_not_hang_the_stream(llm: LLM) -> None:
 
 
 def test_an_interrupted_generate_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, calls = llm.engine.decoder.forward, []
+    forward, calls = llm.engine.runner.decoder.forward, []
 
     def interrupted(batch: BatchTensors, cache: Any) -> torch.Tensor:
         calls.append(batch)
@@ -304,7 +304,7 @@ def test_an_interrupted_generate_leaves_nothing_behind(llm: LLM, monkeypatch: py
             raise KeyboardInterrupt
         return forward(batch, cache)
 
-    monkeypatch.setattr(llm.engine.decoder, "forward", interrupted)
+    monkeypatch.setattr(llm.engine.runner.decoder, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["abc", "de"], GREEDY)
     assert not llm.engine.has_unfinished

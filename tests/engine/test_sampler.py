@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pagedattn.engine.request import Request
-from pagedattn.engine.sampler import sample
+from pagedattn.engine.sampler import MAX_TOP_K, PendingLogprobs, SamplingTensors, TokenLogprobs, sample_again
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.kernels import sampling_reference
-from pagedattn.layer_ops import derive_seed
+from pagedattn.layer_ops import as_int64, derive_seed, sample_tokens
 
 VOCAB_SIZE = 5000  # so that top_p looks among 256, 4096 and all candidates
 
@@ -25,12 +25,35 @@ def request(num_outputs: int = 0, stop_ids: frozenset[int] = frozenset(), **para
     return made
 
 
+def sample(logits: Tensor, requests: list[Request]) -> tuple[list[int | None], dict[int, TokenLogprobs]]:
+    """As the model runner does it: tokens, None where there is none, and log probabilities by row."""
+    params = [request.params for request in requests]
+    columns: tuple[tuple[list[Any], torch.dtype], ...] = (
+        ([0.0 if one.is_greedy else one.temperature for one in params], torch.float32),
+        ([min(one.top_k, MAX_TOP_K) for one in params], torch.int32),
+        ([one.top_p for one in params], torch.float32),
+        ([one.min_p for one in params], torch.float32),
+        ([as_int64(request.seed) for request in requests], torch.int64),
+        ([request.num_output_tokens for request in requests], torch.int64),
+    )
+    sampling = SamplingTensors(*(torch.tensor(values, dtype=dtype) for values, dtype in columns))
+    before = logits.clone()
+    token_ids = sample_tokens(logits, *sampling)
+    again = sample_again(logits, sampling, list(enumerate(requests)))
+    if again is not None:
+        token_ids.index_copy_(0, *again)
+    asked = [(row, one.logprobs) for row, one in enumerate(params) if one.logprobs is not None]
+    logprobs = PendingLogprobs(logits, token_ids, asked).read() if asked else {}
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+    return [token_id if token_id >= 0 else None for token_id in token_ids.tolist()], logprobs
+
+
 def random_logits(num_rows: int, scale: float = 3.0, vocab_size: int = VOCAB_SIZE) -> Tensor:
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(1)) * scale
 
 
 def tokens(logits: Tensor, requests: list[Request]) -> list[int | None]:
-    return [sampled.token_id for sampled in sample(logits.clone(), requests)]
+    return sample(logits, requests)[0]
 
 
 def naive_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -209,29 +232,26 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         request(temperature=0.3),
         request(logprobs=5, temperature=0.3, top_k=2, min_tokens=2, stop_ids=stops, seed=2),
     ]
-    sampled = sample(logits.clone(), requests)
+    chosen, logprobs = sample(logits, requests)
     expected = torch.log_softmax(logits.double(), dim=-1)
-    assert sampled[1].logprobs is None
+    assert logprobs.keys() == {0, 2}
     for row, count in ((0, 3), (2, 5)):
-        logprobs, token_id = sampled[row].logprobs, sampled[row].token_id
-        assert logprobs is not None
+        found, token_id = logprobs[row], chosen[row]
         assert token_id is not None
         top = expected[row].topk(count)
-        assert logprobs.top_token_ids == top.indices.tolist()
-        assert logprobs.top_logprobs == pytest.approx(top.values.tolist(), abs=1e-5)
-        assert logprobs.logprob == pytest.approx(float(expected[row, token_id]), abs=1e-5)
-        assert logprobs.rank == int((expected[row] > expected[row, token_id]).sum()) + 1
-    assert sampled[0].logprobs is not None
-    assert sampled[0].logprobs.logprob == sampled[0].logprobs.top_logprobs[0]  # exactly, as lm-eval compares
-    assert sampled[2].token_id not in stops
+        assert found.top_token_ids == top.indices.tolist()
+        assert found.top_logprobs == pytest.approx(top.values.tolist(), abs=1e-5)
+        assert found.logprob == pytest.approx(float(expected[row, token_id]), abs=1e-5)
+        assert found.rank == int((expected[row] > expected[row, token_id]).sum()) + 1
+    assert logprobs[0].logprob == logprobs[0].top_logprobs[0]  # exactly, as lm-eval compares
+    assert chosen[2] not in stops
 
 
 def test_logprobs_zero_is_the_chosen_token_only() -> None:
-    [sampled] = sample(random_logits(1), [request(logprobs=0, temperature=0.0)])
-    assert sampled.logprobs is not None
-    assert sampled.logprobs.top_token_ids == []
-    assert sampled.logprobs.rank == 1
+    _, logprobs = sample(random_logits(1), [request(logprobs=0, temperature=0.0)])
+    assert logprobs[0].top_token_ids == []
+    assert logprobs[0].rank == 1
 
 
 def test_no_rows() -> None:
-    assert sample(torch.empty(0, VOCAB_SIZE), []) == []
+    assert sample(torch.empty(0, VOCAB_SIZE), []) == ([], {})

@@ -1,0 +1,155 @@
+"""``ModelRunner``: a ``StepPlan`` in, tokens out, one step or two under way at a time.
+
+``launch`` sends what the step changes and enqueues its work; nothing in it waits for the device. ``RunningStep.wait``
+hands over the tokens, when they are there. Until then the next step may be launched: it reads the last tokens where
+they are, on the device. All work is on one stream, so a block that one step frees may be another's in the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pagedattn import layer_ops
+from pagedattn.engine.batch import BatchTensors
+from pagedattn.engine.batch_state import BatchState, StagedStep
+from pagedattn.engine.block_manager import BlockTransfers
+from pagedattn.engine.sampler import PendingLogprobs, SamplingTensors, TokenLogprobs, sample_again
+from pagedattn.engine.step_plan import StepPlan
+
+MAX_RUNNING_STEPS = 2
+
+
+class Cache(Protocol):
+    """What a runner needs of a cache: the windows of its groups of layers, and to copy whole blocks."""
+
+    @property
+    def windows(self) -> tuple[int | None, ...]: ...
+
+    null_block: int
+
+    def transfer(self, transfers: BlockTransfers) -> None: ...
+
+
+class Model(Protocol):
+    """What a runner needs of a decoder: a batch's logits [L, vocabulary]; keys and values go to ``cache``."""
+
+    def forward(self, batch: BatchTensors, cache: Any) -> Tensor: ...
+
+
+class RunningStep:
+    """A step that was launched. ``token_ids``: where its samples arrive on the host."""
+
+    def __init__(
+        self,
+        token_ids: Tensor,
+        sample_indices: Sequence[int],
+        event: torch.cuda.Event | None,
+        logprobs: PendingLogprobs | None,
+    ) -> None:
+        self._token_ids = token_ids
+        self._sample_indices = sample_indices
+        self._event = event
+        self._logprobs = logprobs
+
+    def wait(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """The tokens of the plan's requests that get one, in its order, -1 where nothing could be sampled; and what
+        those of them asked for beside it, by their place in that order."""
+        if self._event is not None:
+            self._event.synchronize()
+        sampled = self._token_ids.tolist()
+        token_ids = [sampled[index] for index in self._sample_indices]
+        if self._logprobs is None:
+            return token_ids, {}
+        by_sample = self._logprobs.read()
+        places = enumerate(self._sample_indices)
+        return token_ids, {place: by_sample[index] for place, index in places if index in by_sample}
+
+
+class ModelRunner:
+    """``decoder`` over ``cache`` on ``device``, for at most ``max_num_seqs`` sequences of ``max_model_len`` tokens."""
+
+    def __init__(
+        self,
+        decoder: Model,
+        cache: Cache,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self.state = BatchState(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_groups=len(cache.windows),
+            null_block=cache.null_block,
+            device=device,
+        )
+        self._is_cuda = device.type == "cuda"
+        self._arriving = [
+            torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=self._is_cuda) for _ in range(MAX_RUNNING_STEPS)
+        ]
+        self._events = [torch.cuda.Event() if self._is_cuda else None for _ in range(MAX_RUNNING_STEPS)]
+        self._turn = 0
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> RunningStep:
+        """Enqueue a step. At most ``MAX_RUNNING_STEPS`` may be waited for at a time.
+
+        Every token that the plan computes must be known, but for the last ones of requests that were in the step
+        before. If this raises, the device's state is forgotten: then no token may be pending at the next launch.
+        """
+        try:
+            if plan.transfers:
+                self.cache.transfer(plan.transfers)
+            staged = self.state.stage(plan)
+            logits, token_ids, sampling = self._compute(staged)
+            logprobs = self._treat_special(plan, staged, logits, token_ids, sampling)
+            return self._send_back(staged, token_ids, logprobs)
+        except BaseException:
+            self.state.forget()
+            raise
+
+    def _compute(self, staged: StagedStep) -> tuple[Tensor, Tensor, SamplingTensors]:
+        """Logits, samples, and what these were drawn by."""
+        batch, sampling = self.state.prepare(staged)
+        logits = self.decoder.forward(batch, self.cache)
+        token_ids = layer_ops.sample_tokens(logits, *sampling)
+        self.state.accept(token_ids, staged.num_rows, staged.sample_rows)
+        return logits, token_ids, sampling
+
+    def _treat_special(
+        self, plan: StepPlan, staged: StagedStep, logits: Tensor, token_ids: Tensor, sampling: SamplingTensors
+    ) -> PendingLogprobs | None:
+        """What few requests ask for: tokens that do not end them yet, and log probabilities."""
+        special = self.state.special
+        if not special:
+            return None
+        asking = [
+            (index, request)
+            for index, request in zip(staged.sample_indices, plan.sampled_requests, strict=True)
+            if request in special
+        ]
+        again = sample_again(logits, sampling, asking)
+        if again is not None:
+            indices, chosen = again
+            token_ids.index_copy_(0, indices, chosen)
+            rows = indices if staged.sample_rows is None else staged.sample_rows[indices].long()
+            self.state.replace_last(rows, chosen)
+        asked = [(index, request.params.logprobs) for index, request in asking if request.params.logprobs is not None]
+        return PendingLogprobs(logits, token_ids, asked) if asked else None
+
+    def _send_back(self, staged: StagedStep, token_ids: Tensor, logprobs: PendingLogprobs | None) -> RunningStep:
+        self._turn = (self._turn + 1) % MAX_RUNNING_STEPS
+        arriving, event = self._arriving[self._turn][: len(token_ids)], self._events[self._turn]
+        arriving.copy_(token_ids, non_blocking=True)
+        if event is not None:
+            event.record()
+        return RunningStep(arriving, staged.sample_indices, event, logprobs)
