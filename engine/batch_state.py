@@ -67,7 +67,7 @@ class BatchState:
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.device = device
-        self._num_groups = num_groups
+        self.num_groups = num_groups
         self._null_block = null_block
         self._table_width = -(-max_model_len // block_size)
         num_fields = NUM_FIELDS * max_num_seqs
@@ -101,6 +101,12 @@ class BatchState:
         self._row_of.clear()
         self._requests.clear()
         self._num_computed.fill(0)
+
+    def reset(self) -> None:
+        """As at first: no sequence, and zeros on the device."""
+        self.release()
+        self._words.zero_()
+        self._query_lens.fill(0)
 
     def forget(self) -> None:
         """What the device has is not known any more: all rows will be sent anew."""
@@ -160,18 +166,16 @@ class BatchState:
             logits_indices.long(),
         )
 
-    def prepare(self, staged: StagedStep) -> tuple[BatchTensors, SamplingTensors]:
-        """Write the inputs of a step on the device."""
+    def prepare(self, staged: StagedStep, max_seq_len: int) -> tuple[BatchTensors, SamplingTensors]:
+        """Write the inputs of a step on the device. ``max_seq_len`` bounds the sequences' lengths."""
         if staged.is_decode:
-            return self.prepare_decode(staged.num_rows, staged.max_seq_len)
+            return self.prepare_decode(staged.num_rows, max_seq_len)
         assert staged.token_ids is not None
         assert staged.sample_rows is not None
         assert staged.logits_indices is not None
         inputs = self._allocate_inputs(len(staged.token_ids), staged.num_rows, len(staged.sample_rows))
         self._prepare(inputs, staged.query_start_loc, staged.token_ids, staged.sample_rows)
-        return self._batch(
-            inputs, staged.query_start_loc, staged.logits_indices, staged.max_query_len, staged.max_seq_len
-        )
+        return self._batch(inputs, staged.query_start_loc, staged.logits_indices, staged.max_query_len, max_seq_len)
 
     def prepare_decode(self, num_rows: int, max_seq_len: int) -> tuple[BatchTensors, SamplingTensors]:
         """Write the inputs of a decode of the first rows, always to the same addresses; rows of nobody are padding."""
@@ -256,7 +260,7 @@ class BatchState:
     def _add_blocks(self, seq_lens: np.ndarray, indices: list[int], values: list[int]) -> None:
         """Send the blocks of rows that need more than the device has of them."""
         num_needed = -(-seq_lens // self.block_size)
-        num_groups = self._num_groups
+        num_groups = self.num_groups
         for row in np.flatnonzero(num_needed > self._num_blocks[: len(seq_lens)]).tolist():
             block_ids = self._requests[row].block_ids
             first, end = int(self._num_blocks[row]), len(block_ids) // num_groups
@@ -291,7 +295,7 @@ class BatchState:
         return StepInputs(
             input_ids=empty(num_tokens, dtype=torch.int64),
             positions=empty(num_tokens, dtype=torch.int64),
-            slot_mapping=empty(self._num_groups, num_tokens, dtype=torch.int64),
+            slot_mapping=empty(self.num_groups, num_tokens, dtype=torch.int64),
             seq_lens=empty(num_rows, dtype=torch.int32),
             temperature=empty(num_samples, dtype=torch.float32),
             top_k=empty(num_samples, dtype=torch.int32),
@@ -347,8 +351,8 @@ class BatchState:
             assert fields[Field.NUM_DRAWN][row] == request.num_output_tokens, f"{request}: samples are miscounted"
             if not request.num_pending_tokens and request.num_uncomputed_tokens == 1:
                 assert fields[Field.LAST_TOKEN][row] == request.token_ids[-1], f"{request} ends with another token"
-            for group in range(self._num_groups):
-                held = request.block_ids[group :: self._num_groups][: int(self._num_blocks[row])]
+            for group in range(self.num_groups):
+                held = request.block_ids[group :: self.num_groups][: int(self._num_blocks[row])]
                 for block_id, known in zip(held, tables[group][row], strict=False):
                     assert block_id in (NO_BLOCK, known), f"{request} has another block"
 

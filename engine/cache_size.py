@@ -7,14 +7,11 @@ from bisect import bisect_right
 
 import torch
 
-from pagedattn.engine.block_manager import BlockManager
+from pagedattn.engine.decode_graphs import decode_batch_sizes
 from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.layer_groups import LayerGroups, group_layers, peak_blocks
 from pagedattn.engine.model import Decoder
-from pagedattn.engine.model_runner import ModelRunner
-from pagedattn.engine.request import Request
-from pagedattn.engine.sampling_params import SamplingParams
-from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
+from pagedattn.engine.model_runner import ModelRunner, rehearsal
 
 
 def longest_sequence(
@@ -33,6 +30,7 @@ def longest_sequence(
 # On a CPU the cache shares the memory with everything else on the machine.
 CPU_MEMORY_SHARE = 0.25
 CPU_MEMORY_LIMIT = 4 * 2**30
+GRAPH_BYTES = 16 * 2**20  # what the driver keeps for a captured decode, roughly
 
 
 def default_num_blocks(
@@ -43,6 +41,7 @@ def default_num_blocks(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     gpu_memory_utilization: float,
+    enforce_eager: bool = False,
 ) -> int:
     """Blocks for ``max_num_seqs`` sequences of ``max_model_len`` tokens, or as many as there is memory for.
 
@@ -52,7 +51,15 @@ def default_num_blocks(
     """
     bytes_per_block = KVCache.bytes_per_block(decoder.config, block_size, decoder.dtype)
     if decoder.device.type == "cuda":
-        step_bytes = _measure_step_bytes(decoder, block_size, max_model_len, max_num_seqs, max_num_batched_tokens)
+        step_bytes = _measure_step_bytes(
+            decoder,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enforce_eager=enforce_eager,
+        )
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(decoder.device)
         available = int(total * gpu_memory_utilization) - (total - free) - step_bytes
     else:
@@ -74,34 +81,36 @@ def _free_cpu_memory() -> int:
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-@torch.inference_mode()
 def _measure_step_bytes(
-    decoder: Decoder, block_size: int, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int
+    decoder: Decoder,
+    *,
+    block_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    enforce_eager: bool,
 ) -> int:
-    """Peak bytes of a step of ``max_num_batched_tokens`` tokens and as many sampled rows as it can have."""
-    num_seqs = min(max_num_seqs, max_num_batched_tokens)
-    num_tokens = min(max_num_batched_tokens // num_seqs, max_model_len)
-    windows = group_layers(decoder.config.layer_windows).windows
-    manager = BlockManager(num_seqs * -(-num_tokens // block_size) * len(windows), block_size, windows=windows)
-    params = SamplingParams(top_p=0.9)
-    requests = [Request(str(i), [0] * num_tokens, params, max_num_tokens=num_tokens + 1) for i in range(num_seqs)]
-    for request in requests:
-        manager.ensure(request, num_tokens)
-    plan = StepPlan(tuple(ScheduledRequest(request, 0, num_tokens, True) for request in requests))
-    cache = KVCache(decoder.config, manager.num_blocks, block_size, decoder.dtype, decoder.device)
+    """Peak bytes of a step of ``max_num_batched_tokens`` tokens and as many sampled rows as it can have; and, where
+    decodes are graphs, what these keep for themselves."""
+    cache = KVCache(decoder.config, 1, block_size, decoder.dtype, decoder.device)
     runner = ModelRunner(
         decoder,
         cache,
-        max_num_seqs=num_seqs,
-        max_model_len=num_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
         block_size=block_size,
         device=decoder.device,
     )
-    torch.cuda.synchronize(decoder.device)
-    before = torch.cuda.memory_allocated(decoder.device)
-    torch.cuda.reset_peak_memory_stats(decoder.device)
-    runner.launch(plan).wait()
-    peak = torch.cuda.max_memory_allocated(decoder.device)
-    del cache, runner
-    torch.cuda.empty_cache()
-    return peak - before
+
+    def peak(num_seqs: int, num_tokens: int) -> int:
+        torch.cuda.synchronize(decoder.device)
+        before = torch.cuda.memory_allocated(decoder.device)
+        torch.cuda.reset_peak_memory_stats(decoder.device)
+        runner.launch(rehearsal(num_seqs, num_tokens, runner.state)).wait()
+        return torch.cuda.max_memory_allocated(decoder.device) - before
+
+    num_seqs = min(max_num_seqs, max_num_batched_tokens)
+    step_bytes = peak(num_seqs, min(max_num_batched_tokens // num_seqs, max_model_len - 1))
+    if not enforce_eager:
+        step_bytes += peak(max_num_seqs, 1) + len(decode_batch_sizes(max_num_seqs)) * GRAPH_BYTES
+    return step_bytes

@@ -60,6 +60,9 @@ class LLM:
         swap_space: GiB of host memory for the blocks of preempted requests, where the policy keeps them; whether that
             is cheaper than computing them again is measured when the engine starts.
         order: who joins a batch first: a row of ``ORDERS`` by name, or a ``QueueOrder``.
+        enforce_eager: on a GPU, launch a decode's kernels one by one and not as a CUDA graph: ready sooner, slower.
+        async_scheduling: on a GPU, launch a step before the tokens of the one before it are known. On a CPU there is
+            nothing to overlap, and steps are always one after the other.
         seed: where requests without a seed get theirs from.
         max_waiting_requests, max_waiting_tokens: at most so many sequences, and tokens of them, wait in the engine;
             None is no bound. The methods here hold back what finds no room; ``llm.engine.add_request`` refuses it.
@@ -87,6 +90,8 @@ class LLM:
         swap_space: float = 0.0,
         policy: str | BatchingPolicy = "default",
         order: str | QueueOrder = "fcfs",
+        enforce_eager: bool = False,
+        async_scheduling: bool = True,
         seed: int = 0,
         max_waiting_requests: int | None = None,
         max_waiting_tokens: int | None = None,
@@ -111,6 +116,8 @@ class LLM:
             swap_space=swap_space,
             policy=policy,
             order=order,
+            enforce_eager=enforce_eager,
+            async_scheduling=async_scheduling,
             seed=seed,
             max_waiting_requests=max_waiting_requests,
             max_waiting_tokens=max_waiting_tokens,
@@ -124,20 +131,23 @@ class LLM:
         self.tokenizer = loaded.tokenizer
         self.name = loaded.name
         self.device = loaded.decoder.device
+        is_cuda = self.device.type == "cuda"
         if max_num_batched_tokens is None:
-            max_num_batched_tokens = DEFAULT_BATCHED_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
+            max_num_batched_tokens = DEFAULT_BATCHED_TOKENS["cuda" if is_cuda else "cpu"]
         longest = loaded.decoder.max_model_len
         if max_model_len is not None and max_model_len > longest:
             raise ValueError(f"max_model_len={max_model_len} is not allowed: {self.name} has {longest} positions")
         if num_blocks is None:
-            num_blocks = default_num_blocks(
-                loaded.decoder,
-                block_size=block_size,
-                max_model_len=max_model_len or longest,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                gpu_memory_utilization=gpu_memory_utilization,
-            )
+            with _out_of_memory_explained("a step of the largest size", checked, gpu_memory_utilization):
+                num_blocks = default_num_blocks(
+                    loaded.decoder,
+                    block_size=block_size,
+                    max_model_len=max_model_len or longest,
+                    max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=max_num_batched_tokens,
+                    gpu_memory_utilization=gpu_memory_utilization,
+                    enforce_eager=enforce_eager,
+                )
         max_step_tokens = max_num_batched_tokens if resolve_policy(policy).takes_blocks_stepwise else None
         groups = group_layers(loaded.config.layer_windows)
         fitting = longest_sequence(groups, num_blocks, block_size, max_step_tokens, limit=longest)
@@ -151,22 +161,27 @@ class LLM:
             num_blocks=num_blocks,
             max_model_len=fitting if max_model_len is None else max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
+            async_scheduling=async_scheduling and is_cuda,
         )
         bytes_per_block = KVCache.bytes_per_block(loaded.config, block_size, loaded.decoder.dtype)
         num_host_blocks = int(swap_space * 2**30) // bytes_per_block
-        cache = KVCache(loaded.config, num_blocks, block_size, loaded.decoder.dtype, self.device, num_host_blocks)
-        costs = measure_preemption_costs(loaded.decoder, cache, config) if num_host_blocks else None
-        self.engine = Engine(
-            loaded.decoder,
-            cache,
-            loaded.tokenizer,
-            config,
-            vocab_size=loaded.config.vocab_size,
-            eos_token_ids=loaded.config.eos_token_ids,
-            device=self.device,
-            swap_space=SwapSpace(num_host_blocks, costs),
-            on_alert=on_alert,
-        )
+        with _out_of_memory_explained(f"a KV cache of {num_blocks} blocks", config, gpu_memory_utilization):
+            cache = KVCache(loaded.config, num_blocks, block_size, loaded.decoder.dtype, self.device, num_host_blocks)
+        with _out_of_memory_explained("warming up", config, gpu_memory_utilization):
+            costs = measure_preemption_costs(loaded.decoder, cache, config) if num_host_blocks else None
+            self.engine = Engine(
+                loaded.decoder,
+                cache,
+                loaded.tokenizer,
+                config,
+                vocab_size=loaded.config.vocab_size,
+                eos_token_ids=loaded.config.eos_token_ids,
+                device=self.device,
+                swap_space=SwapSpace(num_host_blocks, costs),
+                on_alert=on_alert,
+            )
+            if is_cuda:
+                self.engine.runner.warm_up(max_num_batched_tokens, use_graphs=not enforce_eager)
         self._lock = threading.Lock()
         self._inboxes: dict[str, deque[RequestOutput]] = {}
 
@@ -263,7 +278,7 @@ class LLM:
         finished: dict[int, RequestOutput] = {}
         num_tokens = 0
         with (
-            contextlib.closing(self._run_indexed(work)) as outputs,
+            contextlib.closing(self._run_indexed(work, is_streamed=False)) as outputs,
             _progress_bar(use_tqdm, total=len(work), desc="requests", unit="request") as bar,
         ):
             for index, output in outputs:
@@ -276,11 +291,11 @@ class LLM:
         return [finished[index] for index in range(len(work))]
 
     def _run(self, work: Work) -> Generator[RequestOutput]:
-        with contextlib.closing(self._run_indexed(work)) as outputs:
+        with contextlib.closing(self._run_indexed(work, is_streamed=True)) as outputs:
             for _, output in outputs:
                 yield output
 
-    def _run_indexed(self, work: Work) -> Generator[tuple[int, RequestOutput]]:
+    def _run_indexed(self, work: Work, *, is_streamed: bool) -> Generator[tuple[int, RequestOutput]]:
         """The outputs of ``work`` as they come, each with its index; closing it aborts what is unfinished."""
         inbox: deque[RequestOutput] = deque()
         indices: dict[str, int] = {}
@@ -292,7 +307,11 @@ class LLM:
                     index, (prompt, sampling, scheduling) = held_back[0]
                     try:
                         request_id = self.engine.add_request(
-                            prompt, sampling, arrival_time=arrival_time, scheduling_params=scheduling
+                            prompt,
+                            sampling,
+                            arrival_time=arrival_time,
+                            scheduling_params=scheduling,
+                            is_streamed=is_streamed,
                         )
                     except QueueFullError:
                         break
@@ -325,7 +344,7 @@ class LLM:
         with self._lock:
             if inbox:
                 return
-            for output in self.engine.step().outputs:
+            for output in self.engine.step(with_usage=False).outputs:
                 if output.request_id in self._inboxes:
                     self._inboxes[output.request_id].append(output)
             if inbox is not None and not inbox and not self.engine.has_unfinished:
@@ -342,6 +361,19 @@ class LLM:
             metrics=RequestMetrics(arrival_time=now, finished_time=now),
             error=reason,
         )
+
+
+@contextlib.contextmanager
+def _out_of_memory_explained(what: str, config: EngineConfig, gpu_memory_utilization: float) -> Iterator[None]:
+    """Raises ValueError that says what to lower when the GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU has too little free memory for {what}: lower max_num_batched_tokens="
+            f"{config.max_num_batched_tokens}, max_num_seqs={config.max_num_seqs}, gpu_memory_utilization="
+            f"{gpu_memory_utilization} or num_blocks ({str(error).strip().partition('.')[0]})"
+        ) from error
 
 
 def _one_for_each(count: int, values: T | Sequence[T] | None, kind: type[T], name: str) -> list[T]:

@@ -17,8 +17,11 @@ from pagedattn import layer_ops
 from pagedattn.engine.batch import BatchTensors
 from pagedattn.engine.batch_state import BatchState, StagedStep
 from pagedattn.engine.block_manager import BlockTransfers
+from pagedattn.engine.decode_graphs import DecodeGraphs, decode_batch_sizes
+from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import PendingLogprobs, SamplingTensors, TokenLogprobs, sample_again
-from pagedattn.engine.step_plan import StepPlan
+from pagedattn.engine.sampling_params import SamplingParams
+from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
 
 MAX_RUNNING_STEPS = 2
 
@@ -92,7 +95,10 @@ class ModelRunner:
             null_block=cache.null_block,
             device=device,
         )
+        self._device = device
         self._is_cuda = device.type == "cuda"
+        self._max_model_len = max_model_len
+        self._graphs: DecodeGraphs | None = None
         self._arriving = [
             torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=self._is_cuda) for _ in range(MAX_RUNNING_STEPS)
         ]
@@ -117,12 +123,45 @@ class ModelRunner:
             self.state.forget()
             raise
 
+    @torch.inference_mode()
+    def warm_up(self, max_num_batched_tokens: int, *, use_graphs: bool) -> None:
+        """Compile what steps need, before there are any, and capture the decodes if they are to be graphs.
+
+        What the cache holds is overwritten.
+        """
+        max_num_seqs = self.state.max_num_seqs
+        num_tokens = {1, min(max_num_batched_tokens, self._max_model_len - 1)}
+        for num_seqs in {1, min(max_num_seqs, max_num_batched_tokens)}:
+            for count in num_tokens:
+                self.launch(
+                    rehearsal(num_seqs, min(count, max(1, max_num_batched_tokens // num_seqs)), self.state)
+                ).wait()
+        self.state.reset()
+        if use_graphs:
+            self._graphs = DecodeGraphs(self._decode, decode_batch_sizes(max_num_seqs), self._device)
+            self.state.reset()
+
     def _compute(self, staged: StagedStep) -> tuple[Tensor, Tensor, SamplingTensors]:
         """Logits, samples, and what these were drawn by."""
-        batch, sampling = self.state.prepare(staged)
+        if staged.is_decode and self._graphs is not None:
+            return self._graphs.replay(staged.num_rows)
+        max_seq_len = staged.max_seq_len
+        if self._is_cuda:  # few bounds, so that calls are alike and their preparations are remembered
+            max_seq_len = min(1 << (max_seq_len - 1).bit_length(), self._max_model_len)
+        batch, sampling = self.state.prepare(staged, max_seq_len)
+        return self._forward(batch, sampling, staged.num_rows, staged.sample_rows)
+
+    def _decode(self, num_rows: int) -> tuple[Tensor, Tensor, SamplingTensors]:
+        """A decode of whatever the first rows hold: all sizes follow from ``num_rows``, as a graph needs."""
+        batch, sampling = self.state.prepare_decode(num_rows, self._max_model_len)
+        return self._forward(batch, sampling, num_rows, None)
+
+    def _forward(
+        self, batch: BatchTensors, sampling: SamplingTensors, num_rows: int, sample_rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, SamplingTensors]:
         logits = self.decoder.forward(batch, self.cache)
         token_ids = layer_ops.sample_tokens(logits, *sampling)
-        self.state.accept(token_ids, staged.num_rows, staged.sample_rows)
+        self.state.accept(token_ids, num_rows, sample_rows)
         return logits, token_ids, sampling
 
     def _treat_special(
@@ -148,8 +187,20 @@ class ModelRunner:
 
     def _send_back(self, staged: StagedStep, token_ids: Tensor, logprobs: PendingLogprobs | None) -> RunningStep:
         self._turn = (self._turn + 1) % MAX_RUNNING_STEPS
-        arriving, event = self._arriving[self._turn][: len(token_ids)], self._events[self._turn]
+        num_samples = min(len(token_ids), staged.num_rows)
+        token_ids = token_ids[:num_samples]
+        arriving, event = self._arriving[self._turn][:num_samples], self._events[self._turn]
         arriving.copy_(token_ids, non_blocking=True)
         if event is not None:
             event.record()
         return RunningStep(arriving, staged.sample_indices, event, logprobs)
+
+
+def rehearsal(num_seqs: int, num_tokens: int, state: BatchState) -> StepPlan:
+    """A step of ``num_seqs`` prompts of ``num_tokens`` tokens each, all written to the cache's first block."""
+    num_blocks = -(-num_tokens // state.block_size) * state.num_groups
+    params = SamplingParams(top_p=0.9)
+    requests = [Request(str(i), [0] * num_tokens, params, max_num_tokens=num_tokens + 2) for i in range(num_seqs)]
+    for request in requests:
+        request.block_ids = [0] * num_blocks
+    return StepPlan(tuple(ScheduledRequest(request, 0, num_tokens, True) for request in requests))

@@ -82,7 +82,7 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens that a step can be given. The last one that it may have is never computed: none while it is pending."""
+        """Tokens that a step can be given. The last that it may have is never computed: none while it is pending."""
         num_tokens = len(self.token_ids) + self.num_pending_tokens
         return min(num_tokens, self.max_num_tokens - 1) - self.num_computed_tokens
 

@@ -1,0 +1,82 @@
+"""``DecodeGraphs``: whole decode steps as CUDA graphs, one for each of a closed set of batch sizes."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pagedattn.engine.sampler import SamplingTensors
+
+# (logits, token ids, what they were drawn by) of a decode of so many rows.
+DecodeStep = Callable[[int], tuple[Tensor, Tensor, SamplingTensors]]
+
+
+def decode_batch_sizes(max_num_seqs: int) -> list[int]:
+    """The sizes that decodes are padded to: small ones by doubling, then every eighth, and the largest."""
+    sizes = [size for size in (1, 2, 4) if size < max_num_seqs]
+    return [*sizes, *range(8, max_num_seqs, 8), max_num_seqs]
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedStep:
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    token_ids: Tensor
+    sampling: SamplingTensors
+
+
+class DecodeGraphs:
+    """``step`` as it runs on rows of a state that is on the device; it must allocate and read nothing else.
+
+    Captured from the largest size down into one pool of memory, so that all sizes together need what the largest does.
+    What a replay returns is good until the next one.
+    """
+
+    def __init__(self, step: DecodeStep, sizes: list[int], device: torch.device) -> None:
+        self._sizes = sizes
+        self._steps: list[_CapturedStep] = []
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for size in reversed(sizes):
+                step(size)  # whatever is compiled or allocated at the first time
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool)
+                try:
+                    logits, token_ids, sampling = step(size)
+                finally:
+                    graph.capture_end()
+                # Tensors that own their memory would keep it from the next capture.
+                self._steps.append(_CapturedStep(graph, _borrowed(logits), _borrowed(token_ids), sampling))
+                del logits, token_ids
+        self._steps.reverse()
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+    def replay(self, num_rows: int) -> tuple[Tensor, Tensor, SamplingTensors]:
+        """A decode of the first ``num_rows`` rows; the outputs may have rows more, of nobody."""
+        captured = self._steps[bisect_left(self._sizes, num_rows)]
+        captured.graph.replay()
+        return captured.logits, captured.token_ids, captured.sampling
+
+
+class _Memory:
+    """Device memory by its address, as ``torch.as_tensor`` takes it: it is neither owned nor kept."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same memory, as a tensor that does not own it."""
+    assert tensor.is_contiguous()
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)
