@@ -11,7 +11,7 @@ from pagedattn.engine.decode_graphs import decode_batch_sizes
 from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.layer_groups import LayerGroups, group_layers, peak_blocks
 from pagedattn.engine.model import Decoder
-from pagedattn.engine.model_runner import ModelRunner, rehearsal
+from pagedattn.engine.model_runner import ModelRunner
 
 
 def longest_sequence(
@@ -106,7 +106,7 @@ def _measure_step_bytes(
         torch.cuda.synchronize(decoder.device)
         before = torch.cuda.memory_allocated(decoder.device)
         torch.cuda.reset_peak_memory_stats(decoder.device)
-        runner.launch(rehearsal(num_seqs, num_tokens, runner.state)).wait()
+        runner.rehearse(num_seqs, num_tokens)
         return torch.cuda.max_memory_allocated(decoder.device) - before
 
     num_seqs = min(max_num_seqs, max_num_batched_tokens)

@@ -46,7 +46,7 @@ class DecodeGraphs:
             for size in reversed(sizes):
                 step(size)  # whatever is compiled or allocated at the first time
                 graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=pool)
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     logits, token_ids, sampling = step(size)
                 finally:

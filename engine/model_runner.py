@@ -123,6 +123,15 @@ class ModelRunner:
             self.state.forget()
             raise
 
+    def rehearse(self, num_seqs: int, num_tokens: int) -> None:
+        """Run a step of ``num_seqs`` prompts of ``num_tokens`` tokens each, all written to the cache's first block."""
+        params = SamplingParams(top_p=0.9)
+        requests = [Request(str(i), [0] * num_tokens, params, max_num_tokens=num_tokens + 2) for i in range(num_seqs)]
+        for request in requests:
+            request.block_ids = [0] * (-(-num_tokens // self.state.block_size) * self.state.num_groups)
+        self.launch(StepPlan(tuple(ScheduledRequest(request, 0, num_tokens, True) for request in requests))).wait()
+        self.state.release()
+
     @torch.inference_mode()
     def warm_up(self, max_num_batched_tokens: int, *, use_graphs: bool) -> None:
         """Compile what steps need, before there are any, and capture the decodes if they are to be graphs.
@@ -130,12 +139,9 @@ class ModelRunner:
         What the cache holds is overwritten.
         """
         max_num_seqs = self.state.max_num_seqs
-        num_tokens = {1, min(max_num_batched_tokens, self._max_model_len - 1)}
-        for num_seqs in {1, min(max_num_seqs, max_num_batched_tokens)}:
-            for count in num_tokens:
-                self.launch(
-                    rehearsal(num_seqs, min(count, max(1, max_num_batched_tokens // num_seqs)), self.state)
-                ).wait()
+        for num_seqs in (1, min(max_num_seqs, max_num_batched_tokens)):
+            self.rehearse(num_seqs, min(self._max_model_len - 1, max_num_batched_tokens // num_seqs))
+            self.rehearse(num_seqs, 1)
         self.state.reset()
         if use_graphs:
             self._graphs = DecodeGraphs(self._decode, decode_batch_sizes(max_num_seqs), self._device)
@@ -194,13 +200,3 @@ class ModelRunner:
         if event is not None:
             event.record()
         return RunningStep(arriving, staged.sample_indices, event, logprobs)
-
-
-def rehearsal(num_seqs: int, num_tokens: int, state: BatchState) -> StepPlan:
-    """A step of ``num_seqs`` prompts of ``num_tokens`` tokens each, all written to the cache's first block."""
-    num_blocks = -(-num_tokens // state.block_size) * state.num_groups
-    params = SamplingParams(top_p=0.9)
-    requests = [Request(str(i), [0] * num_tokens, params, max_num_tokens=num_tokens + 2) for i in range(num_seqs)]
-    for request in requests:
-        request.block_ids = [0] * num_blocks
-    return StepPlan(tuple(ScheduledRequest(request, 0, num_tokens, True) for request in requests))
