@@ -343,7 +343,8 @@ class BatchState:
         """The device has what the requests say, as far as it is known. Raises AssertionError. It synchronizes."""
         assert {row: request for request, row in self._row_of.items()} == dict(enumerate(self._requests))
         fields, tables = self._fields.tolist(), self._block_table.tolist()
-        assert not any(fields[Field.QUERY_LEN][len(self._requests) :]), "rows behind the last one have tokens"
+        for row, count in enumerate(self._query_lens.tolist()):
+            assert count in (-1, fields[Field.QUERY_LEN][row]), f"row {row} has other tokens than it is said to have"
         for row, request in enumerate(self._requests):
             if _is_gone(request):
                 continue
