@@ -31,7 +31,6 @@ from pagedattn.engine.outputs import FinishReason, RequestOutput
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
 from pagedattn.engine.queue_bound import QueueBound, QueueSize
 from pagedattn.engine.request import Request
-from pagedattn.engine.sampler import NO_FINITE_LOGITS
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
 from pagedattn.engine.scheduling_params import SchedulingParams
@@ -330,11 +329,9 @@ class Engine:
             self._launched.append(_LaunchedStep(plan, None, usage, error))
             return
         self._launched.append(_LaunchedStep(plan, running, usage))
-        advance = self.scheduler.advance
-        for scheduled in plan.scheduled:
-            if scheduled.needs_sample:
-                scheduled.request.num_pending_tokens += 1
-            advance(scheduled)
+        for request in plan.sampled_requests:
+            request.num_pending_tokens += 1
+        self.scheduler.advance(*plan.scheduled)
 
     def _finish_next(self) -> StepResult:
         """Wait for the step that was launched first, give its requests their tokens, and let those go that end."""
@@ -348,20 +345,13 @@ class Engine:
             return self._fail(step, error)
         self._pop_launched()
         now = self.clock()
+        accepted = self._outputs.accept(step.plan.sampled_requests, token_ids, logprobs, now)
+        self.scheduler.learn(builder.request for builder in accepted)
         updated: dict[OutputGroup, None] = {}  # ordered
-        outputs, scheduler = self._outputs, self.scheduler
-        sampled = zip(step.plan.sampled_requests, token_ids, strict=True)
-        for place, (request, token_id) in enumerate(sampled):
-            builder = outputs.find(request)
-            if builder is None:  # it has ended since: the token is nobody's
-                continue
-            if token_id < 0:
-                builder.finish_reason, builder.error = "error", NO_FINITE_LOGITS
-                self.block_manager.disown(request)  # its keys and values may be NaN too: nobody shall share them
-            else:
-                outputs.append(builder, token_id, logprobs.get(place), now)
-                scheduler.learn(request)
+        for builder in accepted:
             if builder.finish_reason is not None:
+                if builder.error is not None:  # its keys and values may be NaN: nobody shall share them
+                    self.block_manager.disown(builder.request)
                 self._end(builder, builder.finish_reason, now)
                 updated[builder.group] = None
             elif builder.group.is_streamed:

@@ -31,7 +31,7 @@ class OutputGroup:
 
     @property
     def is_finished(self) -> bool:
-        return all(builder.finish_reason is not None for builder in self.builders)
+        return all(builder.request.finished_time is not None for builder in self.builders)
 
     @property
     def error(self) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
 from pagedattn.engine.outputs import FinishReason
 from pagedattn.engine.request import Request
-from pagedattn.engine.sampler import TokenLogprobs
+from pagedattn.engine.sampler import NO_FINITE_LOGITS, TokenLogprobs
 from pagedattn.engine.stats import StatsRecorder
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class OutputProcessor:
         self.groups: dict[str, OutputGroup] = {}
         self.builders: dict[str, OutputBuilder] = {}
         self.recorder = StatsRecorder()
+        self._last_time = math.nan  # when the step before handed out its tokens
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
 
@@ -48,22 +50,45 @@ class OutputProcessor:
         builder = self.builders.get(request.request_id)
         return builder if builder is not None and builder.request is request else None
 
-    def append(self, builder: OutputBuilder, token_id: int, logprobs: TokenLogprobs | None, now: float) -> None:
-        """The sequence gets its next token, and may end with it: then its builder has a ``finish_reason``."""
-        request, recorder = builder.request, self.recorder
-        try:
-            builder.append(token_id, logprobs)
-        except Exception as error:  # a tokenizer that chokes on one request's tokens is not the others' concern
-            logger.debug("request %s could not take its token", request.request_id, exc_info=error)
-            builder.finish_reason, builder.error = "error", f"detokenizing failed: {type(error).__name__}: {error}"
-        recorder.num_generated_tokens += 1
-        if builder.last_token_time is not None:
-            recorder.inter_token_latencies.append(now - builder.last_token_time)
-        elif request.first_token_time is None:
-            request.first_token_time = now
-            if not any(sibling.first_token_time is not None for sibling in request.siblings):
-                recorder.ttfts.append(now - request.arrival_time)
-        builder.last_token_time = now
+    def accept(
+        self, requests: Iterable[Request], token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs], now: float
+    ) -> list[OutputBuilder]:
+        """Give requests their tokens, -1 where none could be sampled, and what they asked for beside, by their place.
+
+        Returns the builders of those that have not ended before; who ends now has a ``finish_reason``.
+        """
+        accepted, builders, recorder = [], self.builders, self.recorder
+        last_time, num_steady = self._last_time, 0  # who got a token the last time too
+        for place, (request, token_id) in enumerate(zip(requests, token_ids, strict=True)):
+            builder = builders.get(request.request_id)
+            if builder is None or builder.request is not request:  # the token is nobody's
+                continue
+            accepted.append(builder)
+            if token_id < 0:
+                builder.finish_reason, builder.error = "error", NO_FINITE_LOGITS
+                continue
+            try:
+                builder.append(token_id, logprobs.get(place))
+            except Exception as error:  # a tokenizer that chokes on one request's tokens is not the others' concern
+                logger.debug("request %s could not take its token", request.request_id, exc_info=error)
+                builder.finish_reason, builder.error = "error", f"detokenizing failed: {type(error).__name__}: {error}"
+            recorder.num_generated_tokens += 1
+            if builder.last_token_time == last_time:
+                num_steady += 1
+            elif builder.last_token_time is not None:
+                recorder.inter_token_latencies.append(now - builder.last_token_time)
+            else:
+                self._note_first_token(request, now)
+            builder.last_token_time = now
+        if num_steady:
+            recorder.inter_token_latencies.append(now - last_time, num_steady)
+        self._last_time = now
+        return accepted
+
+    def _note_first_token(self, request: Request, now: float) -> None:
+        request.first_token_time = now
+        if all(sibling.first_token_time is None for sibling in request.siblings):
+            self.recorder.ttfts.append(now - request.arrival_time)
 
     def end(self, builder: OutputBuilder, reason: FinishReason, now: float, error: str | None = None) -> None:
         """The sequence has ended; with the last one of its request that is counted, and both are forgotten."""

@@ -26,7 +26,7 @@ from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.queue_bound import QueueSize
 from pagedattn.engine.request import Request
 from pagedattn.engine.step_draft import StepDraft
-from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
+from pagedattn.engine.step_plan import ScheduledRequest, StepPlan, make_scheduled
 
 
 class RequestRejectedError(ValueError):
@@ -141,19 +141,24 @@ class Scheduler:
         self._deadlines.end_step(now, is_empty=not step.num_tokens)
         return self._plan(step)
 
-    def advance(self, scheduled: ScheduledRequest) -> None:
+    def advance(self, *scheduled: ScheduledRequest) -> None:
         """The step runs: for every later one these tokens are in the cache. The token that follows is the request's,
         known or pending."""
-        request = scheduled.request
-        request.num_computed_tokens = scheduled.num_computed_tokens + scheduled.num_tokens
-        self.block_manager.commit(request)
-        if scheduled.needs_sample and self.waiting.accounts:
-            self.waiting.served(request)
+        commit, accounts = self.block_manager.commit, self.waiting.accounts
+        for request, start, num_tokens, needs_sample in scheduled:
+            request.num_computed_tokens = start + num_tokens
+            commit(request)
+            if needs_sample and accounts:
+                self.waiting.served(request)
 
-    def learn(self, request: Request) -> None:
-        """A pending token has become known: a block that it completes can be shared, if the request still holds it."""
-        if len(request.token_ids) % self.block_manager.block_size == 0 and request.block_ids:
-            self.block_manager.commit(request)
+    def learn(self, requests: Iterable[Request]) -> None:
+        """Pending tokens have become known: blocks that they complete can be shared, if they are still held."""
+        block_manager = self.block_manager
+        if not block_manager.enable_prefix_caching:
+            return
+        for request in requests:
+            if len(request.token_ids) % block_manager.block_size == 0 and request.block_ids:
+                block_manager.commit(request)
 
     def finish(self, request: Request, *, is_complete: bool = True) -> None:
         """The request leaves, for whatever reason; its blocks are free unless its padded batch still runs.
@@ -474,13 +479,14 @@ class Scheduler:
     # The plan
 
     def _plan(self, step: StepDraft) -> StepPlan:
+        scheduled = []
+        for request, num_tokens in step.num_tokens.items():
+            start = request.num_computed_tokens
+            # Who has its last token pending is in no step, so these are all that it has.
+            needs_sample = start + num_tokens == len(request.token_ids) + request.num_pending_tokens
+            scheduled.append(make_scheduled((request, start, num_tokens, needs_sample)))
         return StepPlan(
-            tuple(
-                ScheduledRequest(
-                    request, request.num_computed_tokens, num_tokens, num_tokens == request.num_uncomputed_tokens
-                )
-                for request, num_tokens in step.num_tokens.items()
-            ),
+            tuple(scheduled),
             num_padding_tokens=self._num_padding_tokens(step.num_tokens.values()),
             preempted=tuple(step.preempted),
             dropped=tuple(step.dropped),

@@ -91,9 +91,13 @@ class Durations:
         self._latest: deque[float] = deque(maxlen=WINDOW)
         self.count = 0
 
-    def append(self, seconds: float) -> None:
-        self._latest.append(seconds)
-        self.count += 1
+    def append(self, seconds: float, count: int = 1) -> None:
+        """``count`` durations that are equal."""
+        if count == 1:
+            self._latest.append(seconds)
+        else:
+            self._latest.extend([seconds] * min(count, WINDOW))
+        self.count += count
 
     def distribution(self, num_before: int = 0) -> Distribution | None:
         """Of all but the first ``num_before``, as far as they are kept."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from pagedattn.engine.block_manager import BlockTransfers
@@ -21,6 +22,10 @@ class ScheduledRequest(NamedTuple):
     num_computed_tokens: int
     num_tokens: int
     needs_sample: bool
+
+
+# A ScheduledRequest of a tuple of its fields: a third of the time that calling the class takes, for every sequence.
+make_scheduled = partial(tuple.__new__, ScheduledRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,9 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens of requests; the padding is not counted."""
-        return sum(scheduled.num_tokens for scheduled in self.scheduled)
+        return sum([num_tokens for _, _, num_tokens, _ in self.scheduled])
 
     @property
     def sampled_requests(self) -> list[Request]:
         """The requests that get a token, in the order of the rows of logits."""
-        return [scheduled.request for scheduled in self.scheduled if scheduled.needs_sample]
+        return [request for request, _, _, needs_sample in self.scheduled if needs_sample]
