@@ -31,6 +31,7 @@ from pagedattn.engine.outputs import FinishReason, RequestOutput
 from pagedattn.engine.prompts import Prompt, TokenizedPrompt, tokenize_prompt
 from pagedattn.engine.queue_bound import QueueBound, QueueSize
 from pagedattn.engine.request import Request
+from pagedattn.engine.sampler import NO_FINITE_LOGITS
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
 from pagedattn.engine.scheduling_params import SchedulingParams
@@ -350,7 +351,7 @@ class Engine:
         updated: dict[OutputGroup, None] = {}  # ordered
         for builder in accepted:
             if builder.finish_reason is not None:
-                if builder.error is not None:  # its keys and values may be NaN: nobody shall share them
+                if builder.error == NO_FINITE_LOGITS:  # its keys and values may be NaN too: nobody shall share them
                     self.block_manager.disown(builder.request)
                 self._end(builder, builder.finish_reason, now)
                 updated[builder.group] = None
