@@ -49,6 +49,7 @@ def run_real(llm: LLM, trace: Sequence[TraceRequest], recorder: Recorder) -> lis
     """
     assert torch.get_num_threads() == 1, "the clock counts CPU time: set OMP_NUM_THREADS=1"
     engine = llm.engine
+    assert not engine.config.async_scheduling, "steps are timed one by one: async_scheduling must be off"
     clock = WorkClock()
     engine.clock = clock
     plans: list[StepPlan] = []

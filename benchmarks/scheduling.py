@@ -163,7 +163,7 @@ def benchmark_real(note: Callable[[str], None]) -> dict[str, Any]:
 
     def run(cell: Cell, policy: str) -> SimulationResult:
         recorder = Recorder()
-        run_real(LLM(loaded, policy=policy, **sizes), cell.trace(), recorder)
+        run_real(LLM(loaded, policy=policy, async_scheduling=False, **sizes), cell.trace(), recorder)
         return recorder.result(REAL_LEVEL)
 
     run(replace(REAL[0], num_requests=1), "default")  # memory and threads are there

@@ -117,14 +117,16 @@ def benchmark(num_rounds: int, note: Callable[[str], None]) -> tuple[dict[str, A
     loaded = load_model("smollm2-135m-instruct", device="cpu")
     about = about_machine(loaded.decoder.device)
     sizes = load_machine("smollm2-cpu")
-    run_real(LLM(loaded, num_blocks=64), WORKLOADS[0].trace()[:1], Recorder())  # memory and threads are there
+    run_real(
+        LLM(loaded, num_blocks=64, async_scheduling=False), WORKLOADS[0].trace()[:1], Recorder()
+    )  # memory and threads are there
     calibration = []
     rounds: list[list[dict[str, float]]] = [[] for _ in WORKLOADS]
     for number in range(num_rounds):
         calibration.append(measure_once(loaded))
         for workload, done in zip(WORKLOADS, rounds, strict=True):
             recorder = Recorder()
-            run_real(LLM(loaded, **config_of(workload, sizes)), workload.trace(), recorder)
+            run_real(LLM(loaded, async_scheduling=False, **config_of(workload, sizes)), workload.trace(), recorder)
             done.append(figures(recorder.result(LEVEL)))
         note(f"round {number + 1} of {num_rounds}")
     fitted = step_time_document(calibration, loaded)

@@ -57,7 +57,7 @@ def measure_once(loaded: LoadedModel) -> list[TimedStep]:
     for seed, (policy, max_num_seqs, num, prompt, output) in enumerate(RUNS):
         sizes: dict[str, Any] = {**SIZES, "max_num_seqs": max_num_seqs}
         # Without prefix caching: the prompts of the round before are not to be found.
-        llm = LLM(loaded, policy=policy, enable_prefix_caching=False, **sizes)
+        llm = LLM(loaded, policy=policy, enable_prefix_caching=False, async_scheduling=False, **sizes)
         steps += run_real(llm, calibration_trace(num, prompt, output, seed), Recorder())
     return steps
 

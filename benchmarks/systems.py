@@ -80,8 +80,10 @@ class Paged:
         while engine.has_unfinished:
             result = engine.step()
             before, now = now, time.perf_counter()
-            if result.error is not None or result.usage is None:
+            if result.error is not None:
                 raise RuntimeError(f"{self.name}: {result.error}")
+            if result.usage is None:  # launched, and not ended yet: what comes with the next
+                continue
             durations.append(now - before)
             num_active.append(result.num_seqs)
             num_filled.append(result.usage.num_filled_slots)

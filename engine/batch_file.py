@@ -170,7 +170,7 @@ def run_batch(
                     write(_failure(request.custom_id, f"line {request.line_number}: {describe_error(error)}"))
             if not llm.engine.has_unfinished:
                 return summary
-            for finished in llm.engine.step().outputs:
+            for finished in llm.engine.step(with_usage=False).outputs:
                 if not finished.finished or finished.request_id not in in_flight:
                     continue
                 summary.num_generated_tokens += sum(len(choice.token_ids) for choice in finished.outputs)
@@ -215,7 +215,7 @@ def _add(llm: LLM, request: BatchRequest) -> str:
     if request.messages is not None:
         prompt = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(request.messages), add_special_tokens=False)
     assert prompt is not None
-    return llm.engine.add_request(prompt, request.params)
+    return llm.engine.add_request(prompt, request.params, is_streamed=False)
 
 
 def _result(custom_id: str, output: RequestOutput) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
     runs = []
     loaded = load_named_model(arguments)
     for name in policies:
-        llm = make_llm(arguments, loaded, policy=name)
+        # A step's picture is taken when it ends: the next one must not have begun.
+        llm = make_llm(arguments, loaded, policy=name, async_scheduling=False)
         arrivals = make_arrivals(llm, arguments.num_requests, arguments.rate, arguments.seed or 0)
         _warm_up(llm, arrivals)
         status(f"policy {name}: {len(arrivals)} requests over {arrivals[-1].time:.0f} s")
