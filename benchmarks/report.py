@@ -52,6 +52,17 @@ def engine_block(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def loop_cost_block(document: dict[str, Any]) -> str:
+    """The host's part of a decode step in Markdown."""
+    parts = ("step", "schedule", "launch", "finish", "p99")
+    lines = ["| sequences | tokens of each | " + " | ".join(parts) + " |", "|---:|---:" + "|---:" * len(parts) + "|"]
+    lines += [
+        f"| {row['num_running']} | {row['context']} | " + " | ".join(f"{row[part]:.0f}" for part in parts) + " |"
+        for row in document["microseconds"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def kv_quantization_block(document: dict[str, Any]) -> str:
     """The accuracy of quantized caches in Markdown."""
     lines = ["| cache | scales | perplexity | greedy agreement |", "|---|---|---:|---:|"]
@@ -117,6 +128,7 @@ def kv_memory_block(document: dict[str, Any]) -> str:
 MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "engine-cpu": ("engine-cpu", engine_block),
     "kv-memory-cpu": ("kv-memory-cpu", kv_memory_block),
+    "loop-cost": ("loop-cost-cpu", loop_cost_block),
     "kv-quantization": ("kv-quantization", kv_quantization_block),
     "h100-kernels": ("h100-kernels", kernels_block),
     "h100-kernels-summary": ("h100-kernels", kernels_summary_block),

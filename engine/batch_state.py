@@ -144,15 +144,16 @@ class BatchState:
         parts = [np.array(moves, dtype=np.int32).reshape(-1, 2).T, updates]
         if not is_decode:
             parts += self._mixture(plan, rows, query_lens, num_rows)
-        sent_moves, sent_updates, *mixture = self._upload.send(parts)
-        if moves:
-            batch_ops.move_rows(self._fields, self._block_table, sent_moves)
-        if updates.size:
-            batch_ops.update_words(self._words, sent_updates)
+        mixture: list[Tensor] = []
+        if moves or updates.size or not is_decode:
+            sent_moves, sent_updates, *mixture = self._upload.send(parts)
+            if moves:
+                batch_ops.move_rows(self._fields, self._block_table, sent_moves)
+            if updates.size:
+                batch_ops.update_words(self._words, sent_updates)
         self._num_computed += step_lens
         if is_decode:
-            starts = self._decode_starts[: num_rows + 1]
-            return StagedStep(num_rows, rows, max_query_len, max_seq_len, True, starts)
+            return StagedStep(num_rows, rows, max_query_len, max_seq_len, True, self._decode_starts[: num_rows + 1])
         starts, token_ids, sample_rows, logits_indices = mixture
         return StagedStep(
             num_rows,

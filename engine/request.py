@@ -84,7 +84,9 @@ class Request:
     def num_uncomputed_tokens(self) -> int:
         """Tokens that a step can be given. The last that it may have is never computed: none while it is pending."""
         num_tokens = len(self.token_ids) + self.num_pending_tokens
-        return min(num_tokens, self.max_num_tokens - 1) - self.num_computed_tokens
+        if num_tokens >= self.max_num_tokens:
+            num_tokens = self.max_num_tokens - 1
+        return num_tokens - self.num_computed_tokens
 
     @property
     def max_cached_tokens(self) -> int:

@@ -245,10 +245,10 @@ class Scheduler:
     def _continue_running(self, step: StepDraft) -> None:
         decode_first = self.policy.order == "decode_first"
         prefills: list[Request] = []
-        ensure, num_tokens = self.block_manager.ensure, step.num_tokens
+        ensure, num_tokens, preempted = self.block_manager.ensure, step.num_tokens, step.preempted
         for request in list(self.running):
             is_decode = request.num_uncomputed_tokens == 1
-            is_plain = is_decode and step.token_budget > 0 and not step.preempted and request not in num_tokens
+            is_plain = is_decode and step.token_budget > 0 and not preempted and request not in num_tokens
             if is_plain and ensure(request, request.num_computed_tokens + 1):
                 # What nearly all requests of nearly all steps need, without a call for each part of it.
                 num_tokens[request] = 1
