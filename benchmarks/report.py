@@ -139,7 +139,14 @@ MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "simulator-accuracy": ("simulator-accuracy", scheduling_report.accuracy),
     "simulator-speed": ("simulator-speed", scheduling_report.speed),
 }
-PAGES = ("README.md", "docs/benchmarks.md", "docs/kernel-notes.md", "docs/scheduling.md", "docs/simulator.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/decode-loop.md",
+    "docs/kernel-notes.md",
+    "docs/scheduling.md",
+    "docs/simulator.md",
+)
 
 
 def updated(readme: str, results: Path) -> str:

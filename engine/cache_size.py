@@ -110,7 +110,7 @@ def _measure_step_bytes(
         return torch.cuda.max_memory_allocated(decoder.device) - before
 
     num_seqs = min(max_num_seqs, max_num_batched_tokens)
-    step_bytes = peak(num_seqs, min(max_num_batched_tokens // num_seqs, max_model_len - 1))
+    step_bytes = peak(num_seqs, max(1, min(max_num_batched_tokens // num_seqs, max_model_len - 1)))
     if not enforce_eager:
         step_bytes += peak(max_num_seqs, 1) + len(decode_batch_sizes(max_num_seqs)) * GRAPH_BYTES
     return step_bytes

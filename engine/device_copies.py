@@ -11,12 +11,13 @@ from torch import Tensor
 
 _ALIGNMENT = 4  # words; kernels are compiled for pointers to 16 bytes
 _FIRST_CAPACITY = 1 << 16  # words
-# One is read by the device while the next is written: whoever sends the third has waited for the first.
-_NUM_BUFFERS = 2
+# One is read by the device while the next is written, and one may be of a launch that failed: who writes to a buffer
+# again has waited for a step behind its last copy.
+_NUM_BUFFERS = 3
 
 
 class Upload:
-    """int32 arrays to ``device`` through pinned memory. At most two steps may be on their way at a time."""
+    """int32 arrays to ``device`` through pinned memory. At most two steps may be under way at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

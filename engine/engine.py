@@ -234,12 +234,12 @@ class Engine:
     def _add_sequences(
         self, request_id: str, sequences: list[Request], prompt: TokenizedPrompt, is_streamed: bool
     ) -> None:
+        group = OutputGroup(request_id, prompt.text, sequences[0].prompt_token_ids, is_streamed=is_streamed)
+        builders = self._outputs.make_builders(group, sequences)
         for sequence in sequences:
             sequence.siblings = [other for other in sequences if other is not sequence]
             self.scheduler.add(sequence)  # the first is refused if any is
-        prompt_token_ids = sequences[0].prompt_token_ids
-        group = OutputGroup(request_id, prompt.text, prompt_token_ids, is_streamed=is_streamed)
-        self._outputs.add(group, sequences)
+        self._outputs.add(group, builders)
 
     def abort(self, request_id: str) -> None:
         """End a request now, whatever it is doing; its blocks are free. An id that is unknown or ended is ignored.

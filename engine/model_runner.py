@@ -24,6 +24,7 @@ from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
 
 MAX_RUNNING_STEPS = 2
+REHEARSED_LENGTHS = (1, 8, 32, 1 << 30)  # of prompts, as far as the sizes allow
 
 
 class Cache(Protocol):
@@ -138,10 +139,15 @@ class ModelRunner:
 
         What the cache holds is overwritten.
         """
-        max_num_seqs = self.state.max_num_seqs
-        for num_seqs in (1, min(max_num_seqs, max_num_batched_tokens)):
-            self.rehearse(num_seqs, min(self._max_model_len - 1, max_num_batched_tokens // num_seqs))
-            self.rehearse(num_seqs, 1)
+        max_num_seqs, longest = self.state.max_num_seqs, max(1, self._max_model_len - 1)
+        # What is compiled depends on powers of two: of the sequences, and of the rows of a tile of queries.
+        for num_seqs in decode_batch_sizes(min(max_num_seqs, max_num_batched_tokens)):
+            if num_seqs & (num_seqs - 1) and num_seqs != max_num_seqs:
+                continue
+            for num_tokens in {
+                min(length, longest, max_num_batched_tokens // num_seqs) for length in REHEARSED_LENGTHS
+            }:
+                self.rehearse(num_seqs, num_tokens)
         self.state.reset()
         if use_graphs:
             self._graphs = DecodeGraphs(self._decode, decode_batch_sizes(max_num_seqs), self._device)
@@ -198,5 +204,5 @@ class ModelRunner:
         arriving, event = self._arriving[self._turn][:num_samples], self._events[self._turn]
         arriving.copy_(token_ids, non_blocking=True)
         if event is not None:
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
         return RunningStep(arriving, staged.sample_indices, event, logprobs)

@@ -39,11 +39,15 @@ class OutputProcessor:
         names = (sequence_id(request_id, index) for index in range(num_sequences))
         return request_id in self.groups or any(name in self.builders for name in names)
 
-    def add(self, group: OutputGroup, sequences: Sequence[Request]) -> None:
-        for sequence in sequences:
-            self.builders[sequence.request_id] = OutputBuilder(sequence, group, self._tokenizer, self._eos_token_ids)
+    def make_builders(self, group: OutputGroup, sequences: Sequence[Request]) -> list[OutputBuilder]:
+        """Of a request that is not known yet. The tokenizer may raise here."""
+        return [OutputBuilder(sequence, group, self._tokenizer, self._eos_token_ids) for sequence in sequences]
+
+    def add(self, group: OutputGroup, builders: Sequence[OutputBuilder]) -> None:
+        for builder in builders:
+            self.builders[builder.request.request_id] = builder
         self.groups[group.request_id] = group
-        self.recorder.num_prompt_tokens += sequences[0].num_prompt_tokens
+        self.recorder.num_prompt_tokens += builders[0].request.num_prompt_tokens
 
     def find(self, request: Request) -> OutputBuilder | None:
         """None when it has ended, even if another of its name is there since."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -358,3 +359,31 @@ def test_progress_is_shown_when_slow(
     assert "2/2" in capsys.readouterr().err
     llm.generate("abc", GREEDY, use_tqdm=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [("KVCache.__init__", "a KV cache of 64 blocks"), ("measure_preemption_costs", "warming up"), ("Engine", "warming up")],
+)
+def test_too_little_memory_at_the_start_says_what_to_lower(
+    loaded: LoadedModel, where: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr(f"pagedattn.engine.llm.{where}", allocate)
+    message = (
+        f"too little free memory for {what}: lower max_num_batched_tokens=512, max_num_seqs=256, "
+        "gpu_memory_utilization=0.9 or num_blocks (CUDA out of memory)"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LLM(loaded, num_blocks=64, swap_space=0.01)
+
+
+def test_steps_wait_for_each_other_on_a_cpu(llm: LLM) -> None:
+    assert not llm.engine.config.async_scheduling
+    llm.engine.add_request([1, 2, 3], GREEDY)
+    assert len(llm.engine.step().outputs) == 1
+    llm.generate([[1]], GREEDY, use_tqdm=False)
