@@ -325,11 +325,11 @@ def test_ctrl_c_in_chat_cancels_only_the_answer(command: Command, monkeypatch: p
     step = Engine.step
     engines: list[Engine] = []
 
-    def interrupted(self: Engine) -> StepResult:
+    def interrupted(self: Engine, **options: bool) -> StepResult:
         if not engines:
             engines.append(self)
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, **options)
 
     monkeypatch.setattr(Engine, "step", interrupted)
     outcome = command("chat", *RANDOM, "--max-tokens", "3", stdin="hello\nonce more\n")
@@ -343,7 +343,7 @@ def test_ctrl_c_in_chat_cancels_only_the_answer(command: Command, monkeypatch: p
 def test_interrupt_ends_with_130(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     from pagedattn.engine.engine import Engine
 
-    def interrupted(self: Engine) -> None:
+    def interrupted(self: Engine, **options: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "step", interrupted)
