@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from pagedattn import batch_ops
+from pagedattn.batch_ops import NUM_FIELDS, Field, StepInputs
 from pagedattn.engine.batch import BatchTensors
 from pagedattn.engine.device_copies import Upload
 from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import MAX_TOP_K, SamplingTensors
 from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
-from pagedattn.kernels.batch_state_reference import NUM_FIELDS, Field, StepInputs
 
 
 @dataclass(frozen=True, slots=True)

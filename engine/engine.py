@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +22,7 @@ from pagedattn.engine.block_manager import BlockManager
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.degradation import Ladder
 from pagedattn.engine.length_predictor import LengthPredictor
-from pagedattn.engine.model_runner import Cache, Model, ModelRunner, RunningStep
+from pagedattn.engine.model_runner import Cache, Model, ModelRunner
 from pagedattn.engine.monitor import Alert, Monitor, notify
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
 from pagedattn.engine.output_processor import OutputProcessor, sequence_id
@@ -33,9 +32,10 @@ from pagedattn.engine.queue_bound import QueueBound, QueueSize
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import NO_FINITE_LOGITS
 from pagedattn.engine.sampling_params import SamplingParams
-from pagedattn.engine.scheduler import BlockUsage, RequestRejectedError, Scheduler, StepPlan
+from pagedattn.engine.scheduler import RequestRejectedError, Scheduler, StepPlan
 from pagedattn.engine.scheduling_params import SchedulingParams
 from pagedattn.engine.stats import EngineStats
+from pagedattn.engine.step_result import LaunchedStep, StepResult
 from pagedattn.engine.swap_space import SwapSpace
 from pagedattn.layer_ops import derive_seed
 
@@ -43,56 +43,6 @@ if TYPE_CHECKING:
     from pagedattn.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step did.
-
-    ``outputs``: the requests that got a token or ended, those aborted since the step before included; of requests that
-    are not streamed those that ended. ``plan``: what was computed, None when nothing was. ``usage``: the blocks as the
-    step had them, before the requests that it ended gave theirs back; None unless asked for. ``error``: why the whole
-    step failed, None when it did not.
-    """
-
-    outputs: list[RequestOutput]
-    plan: StepPlan | None = None
-    usage: BlockUsage | None = None
-    error: str | None = None
-
-    @property
-    def num_scheduled_tokens(self) -> dict[str, int]:
-        """Tokens computed, by sequence."""
-        scheduled = self.plan.scheduled if self.plan is not None else ()
-        return {item.request.request_id: item.num_tokens for item in scheduled}
-
-    @property
-    def num_padding_tokens(self) -> int:
-        return self.plan.num_padding_tokens if self.plan is not None else 0
-
-    @property
-    def preempted(self) -> tuple[str, ...]:
-        """Of sequences, by id."""
-        return tuple(request.request_id for request in self.plan.preempted) if self.plan is not None else ()
-
-    @property
-    def num_seqs(self) -> int:
-        return self.plan.num_seqs if self.plan is not None else 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of requests; the padding is not counted."""
-        return self.plan.num_tokens if self.plan is not None else 0
-
-
-@dataclass(frozen=True, slots=True)
-class _LaunchedStep:
-    """``running`` is None where the launch failed, with ``error``."""
-
-    plan: StepPlan
-    running: RunningStep | None
-    usage: BlockUsage | None
-    error: Exception | None = None
 
 
 class Engine:
@@ -142,7 +92,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._outputs = OutputProcessor(tokenizer, self._eos_token_ids)
-        self._launched: deque[_LaunchedStep] = deque()  # whose tokens are to come
+        self._launched: deque[LaunchedStep] = deque()  # whose tokens are to come
         self._must_drain = False  # the runner has forgotten its state: every token must be known before the next launch
         self._request_counter = itertools.count()
         self._request_names = map(str, itertools.count())
@@ -327,9 +277,9 @@ class Engine:
             if not isinstance(error, Exception):
                 raise
             self._must_drain = True
-            self._launched.append(_LaunchedStep(plan, None, usage, error))
+            self._launched.append(LaunchedStep(plan, None, usage, error))
             return
-        self._launched.append(_LaunchedStep(plan, running, usage))
+        self._launched.append(LaunchedStep(plan, running, usage))
         for request in plan.sampled_requests:
             request.num_pending_tokens += 1
         self.scheduler.advance(*plan.scheduled)
@@ -359,7 +309,7 @@ class Engine:
                 updated[builder.group] = None
         return self._result(step, updated)
 
-    def _fail(self, step: _LaunchedStep, error: Exception) -> StepResult:
+    def _fail(self, step: LaunchedStep, error: Exception) -> StepResult:
         """End all requests of a step that raised."""
         message = f"the step failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         logger.debug(message, exc_info=error)
@@ -415,7 +365,7 @@ class Engine:
                     self._end(builder, "abort", self.clock())
             self._aborted_outputs.append(group.build())
 
-    def _result(self, step: _LaunchedStep, updated: Iterable[OutputGroup], error: str | None = None) -> StepResult:
+    def _result(self, step: LaunchedStep, updated: Iterable[OutputGroup], error: str | None = None) -> StepResult:
         recorder, plan = self._outputs.recorder, step.plan
         recorder.num_steps += 1
         recorder.num_computed_tokens += plan.num_tokens
@@ -438,40 +388,7 @@ class Engine:
 
     def stats(self, since: EngineStats | None = None) -> EngineStats:
         """A snapshot; exact between two steps. With ``since`` its distributions cover what came after that one."""
-        recorder, usage = self._outputs.recorder, self.scheduler.block_usage()
-        return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            num_waiting_tokens=self.scheduler.num_waiting_tokens,
-            num_blocks=usage.num_blocks,
-            num_used_blocks=usage.num_used_blocks,
-            num_allocated_slots=usage.num_allocated_slots,
-            num_filled_slots=usage.num_filled_slots,
-            max_wasted_slots=usage.max_wasted_slots,
-            num_steps=recorder.num_steps,
-            num_prompt_tokens=recorder.num_prompt_tokens,
-            num_generated_tokens=recorder.num_generated_tokens,
-            num_computed_tokens=recorder.num_computed_tokens,
-            num_padding_tokens=recorder.num_padding_tokens,
-            num_preemptions=recorder.num_preemptions,
-            num_finished=recorder.num_finished,
-            num_failed=recorder.num_failed,
-            num_aborted=recorder.num_aborted,
-            num_dropped=recorder.num_dropped,
-            num_shed=recorder.num_shed,
-            num_first_tokens=recorder.ttfts.count,
-            num_inter_token_latencies=recorder.inter_token_latencies.count,
-            num_swaps=self.block_manager.num_swapped_out,
-            prefix_cache_queries=self.scheduler.prefix_cache_queries,
-            prefix_cache_hits=self.scheduler.prefix_cache_hits,
-            degradation=self._ladder.state,
-            num_degradation_changes=self._ladder.num_changes,
-            ttft=recorder.ttfts.distribution(since.num_first_tokens if since else 0),
-            latency=recorder.latencies.distribution(since.num_finished if since else 0),
-            inter_token_latency=recorder.inter_token_latencies.distribution(
-                since.num_inter_token_latencies if since else 0
-            ),
-        )
+        return self._outputs.recorder.snapshot(self.scheduler, self._ladder, since)
 
     def check_integrity(self) -> None:
         """Every block is free or held by one running request; without requests all are free. Raises AssertionError."""

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from pagedattn.engine.degradation import Ladder
+    from pagedattn.engine.scheduler import Scheduler
 
 # Percentiles are over this many latest values, so that a server's memory stays bounded.
 WINDOW = 16_384
@@ -123,3 +128,40 @@ class StatsRecorder:
         self.ttfts = Durations()
         self.latencies = Durations()  # one for each of num_finished
         self.inter_token_latencies = Durations()
+
+    def snapshot(self, scheduler: Scheduler, ladder: Ladder, since: EngineStats | None = None) -> EngineStats:
+        """With what the others know. ``since``: distributions cover what came after that one."""
+        usage = scheduler.block_usage()
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=scheduler.num_waiting_tokens,
+            num_blocks=usage.num_blocks,
+            num_used_blocks=usage.num_used_blocks,
+            num_allocated_slots=usage.num_allocated_slots,
+            num_filled_slots=usage.num_filled_slots,
+            max_wasted_slots=usage.max_wasted_slots,
+            num_steps=self.num_steps,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+            num_computed_tokens=self.num_computed_tokens,
+            num_padding_tokens=self.num_padding_tokens,
+            num_preemptions=self.num_preemptions,
+            num_finished=self.num_finished,
+            num_failed=self.num_failed,
+            num_aborted=self.num_aborted,
+            num_dropped=self.num_dropped,
+            num_shed=self.num_shed,
+            num_first_tokens=self.ttfts.count,
+            num_inter_token_latencies=self.inter_token_latencies.count,
+            num_swaps=scheduler.block_manager.num_swapped_out,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            degradation=ladder.state,
+            num_degradation_changes=ladder.num_changes,
+            ttft=self.ttfts.distribution(since.num_first_tokens if since else 0),
+            latency=self.latencies.distribution(since.num_finished if since else 0),
+            inter_token_latency=self.inter_token_latencies.distribution(
+                since.num_inter_token_latencies if since else 0
+            ),
+        )

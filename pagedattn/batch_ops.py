@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pagedattn.checks import check_index, fail, require_int
 from pagedattn.kernels import batch_state_reference
-from pagedattn.kernels.batch_state_reference import NUM_FIELDS, StepInputs
+from pagedattn.kernels.batch_state_reference import NUM_FIELDS as NUM_FIELDS  # what makes a state
+from pagedattn.kernels.batch_state_reference import Field as Field
+from pagedattn.kernels.batch_state_reference import StepInputs as StepInputs
 from pagedattn.ops import fake_of_mutation, register, uses_triton
 
 

@@ -320,7 +320,8 @@ def test_chat_keeps_the_conversation_until_reset(command: Command, monkeypatch: 
 
 
 def test_ctrl_c_in_chat_cancels_only_the_answer(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pagedattn.engine.engine import Engine, StepResult
+    from pagedattn.engine.engine import Engine
+    from pagedattn.engine.step_result import StepResult
 
     step = Engine.step
     engines: list[Engine] = []

@@ -1,4 +1,4 @@
-"""Greedy output equals transformers' ``generate`` token for token: fp32, CPU, the default model.
+"""Greedy output equals transformers' ``generate`` token for token: fp32, the default model.
 
 The prompts are chosen so that at no position transformers' two best logits are closer than fp32 rounding: then a token
 that differs is a wrong token. The oracle's own margins are checked, so that a new torch can not turn this into luck.
@@ -21,6 +21,7 @@ from pagedattn.engine.llm import LLM
 from pagedattn.engine.policy import POLICIES
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.weights import LoadedModel, load_model
+from tests.device import DEVICE, IS_CUDA
 
 NUM_NEW_TOKENS = 64
 # Two prompts of each length, so that transformers can run them together without padding. Around block boundaries too.
@@ -94,12 +95,13 @@ def run_transformers(path: Path, prompts: Sequence[list[int]]) -> dict[str, Any]
     return {"tokens": tokens, "margins": margins}
 
 
-pytestmark = pytest.mark.xdist_group("greedy")  # one process computes the oracle
+# One process computes the oracle. Where there is a GPU the engine runs there, with graphs and overlap.
+pytestmark = [pytest.mark.xdist_group("greedy"), *([pytest.mark.gpu] if IS_CUDA else [])]
 
 
 @pytest.fixture(scope="session")
 def model(smollm2_path: Path) -> LoadedModel:
-    return load_model(smollm2_path, dtype="float32", device="cpu")
+    return load_model(smollm2_path, dtype="float32", device=DEVICE)
 
 
 @pytest.fixture(scope="session")

@@ -363,7 +363,11 @@ def test_progress_is_shown_when_slow(
 
 @pytest.mark.parametrize(
     ("where", "what"),
-    [("KVCache.__init__", "a KV cache of 64 blocks"), ("measure_preemption_costs", "warming up"), ("Engine", "warming up")],
+    [
+        ("KVCache.__init__", "a KV cache of 64 blocks"),
+        ("measure_preemption_costs", "warming up"),
+        ("Engine", "warming up"),
+    ],
 )
 def test_too_little_memory_at_the_start_says_what_to_lower(
     loaded: LoadedModel, where: str, what: str, monkeypatch: pytest.MonkeyPatch
