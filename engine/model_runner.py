@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pagedattn import layer_ops
+from pagedattn import layer_ops, ops
 from pagedattn.engine.batch import BatchTensors
 from pagedattn.engine.batch_state import BatchState, StagedStep
 from pagedattn.engine.block_manager import BlockTransfers
@@ -125,7 +125,12 @@ class ModelRunner:
             raise
 
     def rehearse(self, num_seqs: int, num_tokens: int) -> None:
-        """Run a step of ``num_seqs`` prompts of ``num_tokens`` tokens each, all written to the cache's first block."""
+        """Run a step of ``num_seqs`` prompts of ``num_tokens`` tokens each, all written to the cache's first block.
+
+        Where the ops check values it is left out: they refuse slots that are written twice.
+        """
+        if ops.CHECK_VALUES:
+            return
         params = SamplingParams(top_p=0.9)
         requests = [Request(str(i), [0] * num_tokens, params, max_num_tokens=num_tokens + 2) for i in range(num_seqs)]
         for request in requests:
@@ -137,7 +142,7 @@ class ModelRunner:
     def warm_up(self, max_num_batched_tokens: int, *, use_graphs: bool) -> None:
         """Compile what steps need, before there are any, and capture the decodes if they are to be graphs.
 
-        What the cache holds is overwritten.
+        What the cache holds is overwritten. Where the ops check values (which reads them back) there are no graphs.
         """
         max_num_seqs, longest = self.state.max_num_seqs, max(1, self._max_model_len - 1)
         # What is compiled depends on powers of two: of the sequences, and of the rows of a tile of queries.
@@ -149,7 +154,7 @@ class ModelRunner:
             }:
                 self.rehearse(num_seqs, num_tokens)
         self.state.reset()
-        if use_graphs:
+        if use_graphs and not ops.CHECK_VALUES:
             self._graphs = DecodeGraphs(self._decode, decode_batch_sizes(max_num_seqs), self._device)
             self.state.reset()
 
