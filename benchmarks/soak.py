@@ -109,7 +109,7 @@ def main() -> None:
     device = torch.device(options.device)
     llm = LLM(
         small_model(device),
-        num_blocks=options.max_num_seqs * 3,  # too few for all at their longest: some are preempted
+        num_blocks=options.max_num_seqs * 3,  # too few for all at their longest: some wait for blocks
         max_num_seqs=options.max_num_seqs,
         max_model_len=MAX_PROMPT + MAX_OUTPUT,
     )
