@@ -37,6 +37,7 @@ from pagedattn.kernels.tiling import (
     AttentionTiling,
     CacheRows,
     choose_hopper_decode,
+    choose_hopper_prefill,
     choose_launch,
     next_power_of_2,
 )
@@ -771,21 +772,39 @@ def prepare_hopper(
         return None
     if options.tree_mask is not None or options.q_scale is not None or query.dtype not in HALF_DTYPES:
         return None
-    hopper = choose_hopper_decode(
+    key_rows = CacheRows.of(key_cache.shape, key_cache.stride(), key_cache.element_size())
+    value_rows = CacheRows.of(value_cache.shape, value_cache.stride(), value_cache.element_size())
+    decode = choose_hopper_decode(
         tiling=tiling,
         head_size=query.shape[2],
         head_size_v=out.shape[2],
         cache_itemsize=cache_itemsize(key_cache),
         block_size=key_cache.shape[1],
-        key_rows=CacheRows.of(key_cache.shape, key_cache.stride(), key_cache.element_size()),
-        value_rows=CacheRows.of(value_cache.shape, value_cache.stride(), value_cache.element_size()),
+        key_rows=key_rows,
+        value_rows=value_rows,
         has_token_scales=TOKEN_SCALE in (scale_mode(options.k_scale), scale_mode(options.v_scale)),
     )
-    if hopper is None:
-        return None
-    from pagedattn.kernels.hopper_decode import PreparedHopperDecode
+    if decode is not None:
+        from pagedattn.kernels.hopper_decode import PreparedHopperDecode
 
-    return PreparedHopperDecode(query, key_cache, block_table, tiling, hopper, options, out, lse)
+        return PreparedHopperDecode(query, key_cache, block_table, tiling, decode, options, out, lse)
+    has_scales = options.k_scale is not None or options.v_scale is not None
+    if {key_cache.dtype, out.dtype} != {query.dtype} or has_scales or not options.scale > 0:
+        return None
+    prefill = choose_hopper_prefill(
+        tiling=tiling,
+        head_size=query.shape[2],
+        head_size_v=out.shape[2],
+        block_size=key_cache.shape[1],
+        key_rows=key_rows,
+        value_rows=value_rows,
+        multiprocessors=torch.cuda.get_device_properties(query.device).multi_processor_count,
+    )
+    if prefill is None:
+        return None
+    from pagedattn.kernels.hopper_prefill import PreparedHopperPrefill
+
+    return PreparedHopperPrefill(query, key_cache, block_table, tiling, prefill, options, out, lse)
 
 
 def workspace(elements: int, device: torch.device, workspaces: dict[int, Tensor] | None) -> Tensor:

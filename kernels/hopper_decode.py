@@ -788,7 +788,7 @@ def hopper_decode_kernel(
 class PreparedHopperDecode:
     """All of a call that follows from shapes, strides, dtypes and host numbers, for any tensors that share them."""
 
-    __slots__ = ("_descriptors", "_key_rows", "_launch", "_page", "_value_rows")
+    __slots__ = ("_descriptors", "_launch")
 
     def __init__(
         self,
@@ -804,9 +804,8 @@ class PreparedHopperDecode:
         num_tokens, num_heads, head_size = query.shape
         num_kv_heads = key_cache.shape[2]
         partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
-        self._page = hopper.page
-        self._descriptors: dict[tuple[int, int], Descriptors] = {}
-        self._key_rows, self._value_rows = key_rows, value_rows = hopper.key_rows, hopper.value_rows
+        key_rows, value_rows = hopper.key_rows, hopper.value_rows
+        self._descriptors = CacheDescriptors(key_rows, value_rows, hopper.page)
         softcap = options.softcap
         strides = (
             *out.stride()[:2], *query.stride()[:2], block_table.stride(0),
@@ -866,21 +865,30 @@ class PreparedHopperDecode:
         items, counts = plan
         self._launch(
             (out, lse, partials, query, block_table, items, counts, alibi_slopes, sinks, k_scale, v_scale),
-            self._describe(key_cache, value_cache),
+            self._descriptors(key_cache, value_cache),
         )
 
-    def _describe(self, key_cache: Tensor, value_cache: Tensor) -> Descriptors:
-        """Descriptors of a layer's caches; those of other layers differ in their addresses alone."""
+
+class CacheDescriptors:
+    """Descriptors of layers' caches, which differ in their addresses alone."""
+
+    __slots__ = ("_found", "_key_rows", "_page", "_value_rows")
+
+    def __init__(self, key_rows: CacheRows, value_rows: CacheRows, page: int) -> None:
+        self._key_rows, self._value_rows, self._page = key_rows, value_rows, page
+        self._found: dict[tuple[int, int], Descriptors] = {}
+
+    def __call__(self, key_cache: Tensor, value_cache: Tensor) -> Descriptors:
         addresses = (key_cache.data_ptr(), value_cache.data_ptr())
-        found = self._descriptors.get(addresses)
+        found = self._found.get(addresses)
         if found is None:
-            if len(self._descriptors) >= MAX_DESCRIBED:
-                self._descriptors.clear()
+            if len(self._found) >= MAX_DESCRIBED:
+                self._found.clear()
             found = Descriptors(
                 describe(key_cache, self._key_rows, self._page),
                 describe(value_cache, self._value_rows, self._page),
             )
-            self._descriptors[addresses] = found
+            self._found[addresses] = found
         return found
 
 

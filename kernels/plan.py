@@ -21,6 +21,7 @@ from pagedattn.kernels.tiling import (
     COARSE_FROM,
     FINE_CHUNK,
     ITEM_FIELDS,
+    MAX_SORTED,
     MIN_CHUNK,
     MIN_SHARE,
     SHARE_UNIT,
@@ -187,6 +188,7 @@ def plan_items_kernel(
     QUERIES_PER_TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     BATCH_INVARIANT: tl.constexpr,
+    SORTED: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     CHUNK_ALIGNMENT: tl.constexpr,
     FINE: tl.constexpr,
@@ -231,7 +233,14 @@ def plan_items_kernel(
         first_slot = tl.cumsum(wanted) - wanted
     items_per_tile = tl.where(is_split, parts, 1)
     items = tiles * items_per_tile
-    first_item = tl.cumsum(items) - items
+    if SORTED:  # the sequence with the longest items first
+        longest = tl.where(is_split, tl.minimum(span, chunk), span)
+        precedes = (longest[None, :] > longest[:, None]) | (
+            (longest[None, :] == longest[:, None]) & (sequence[None, :] < sequence[:, None])
+        )
+        first_item = tl.sum(tl.where(precedes, items[None, :], 0), axis=1)
+    else:
+        first_item = tl.cumsum(items) - items
 
     program = tl.program_id(0)
     num_items, num_rows = tl.minimum(tl.sum(items), max_items), tl.load(query_start_loc_ptr + num_seqs)
@@ -239,7 +248,7 @@ def plan_items_kernel(
     index = program
     most_items = tl.max(items)
     while index < most_items:
-        tile = index // items_per_tile
+        tile = tiles - 1 - index // items_per_tile
         part = index % items_per_tile
         first_query = tile * QUERIES_PER_TILE
         queries = tl.minimum(QUERIES_PER_TILE, query_len - first_query)
@@ -292,7 +301,7 @@ class PreparedPlan:
             launcher = launch_walks
         else:
             constants = (
-                tiling.queries_per_tile, has_window, tiling.batch_invariant,
+                tiling.queries_per_tile, has_window, tiling.batch_invariant, num_seqs <= MAX_SORTED,
                 MIN_CHUNK, CHUNK_ALIGNMENT, FINE_CHUNK, COARSE_CHUNK, COARSE_FROM, ITEM_FIELDS, lanes,
             )  # fmt: skip
             sizes = (

@@ -6,11 +6,14 @@ A plan is two int32 tensors:
   key, slot (-1: the tile is not split, its item writes the output), the tile's first slot, its slots, its items, the
   next item of the same worker (-1: none), position of the sequence's first query token;
 - counts [4 + max_slots * head_tiles]: items (workers if there are), rows that belong to a sequence, keys of an item or
-  share, 0; then, for each tile's first slot and head tile, how many of its items are done: 0 between two launches.
+  share, how many units a launch has taken off the list; then, for each tile's first slot and head tile, how many of its
+  items are done. These and the former are 0 between two launches.
 
 Where workers walk, item w is worker w's first (without queries and keys where it has none); the first item of tile t,
 unless it is a worker's first, is behind these at workers + t. Slot 2w is that of the tile which worker w continues,
-slot 2w + 1 that of the one which it begins and does not end. Elsewhere a tile's slots are consecutive.
+slot 2w + 1 that of the one which it begins and does not end. Elsewhere a tile's slots are consecutive, and items are
+about the longest first: those of the sequence with the longest ones, from its last tile on, then the next sequence's.
+A sequence's are together because they read the same keys, which the second-level cache may hold for that long.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pagedattn.kernels.tiling import (
     COARSE_CHUNK,
     COARSE_FROM,
     FINE_CHUNK,
+    MAX_SORTED,
     MIN_CHUNK,
     MIN_SHARE,
     SHARE_UNIT,
@@ -101,7 +105,7 @@ def _items(sequences: Sequences, tiling: AttentionTiling, sliding_window: int | 
         chunk = FINE_CHUNK
         while chunk < share:
             chunk *= 2
-    rows: list[list[int]] = []
+    lists: list[tuple[int, list[list[int]]]] = []  # items by their length
     slots = 0
     for (sequence, length, begin, end), span in zip(sequences, spans, strict=True):
         tiles = ceil_div(end - begin, per_tile)
@@ -111,7 +115,9 @@ def _items(sequences: Sequences, tiling: AttentionTiling, sliding_window: int | 
         first_slot, slots = slots, slots + (tiles * num_slots if split else 0)
         if tiling.batch_invariant and slots > tiling.max_slots:
             split = False
-        for tile in range(tiles):
+        rows: list[list[int]] = []
+        lists.append((min(span, chunk) if split else span, rows))
+        for tile in reversed(range(tiles)):
             row = begin + tile * per_tile
             queries = min(per_tile, end - row)
             position = length - (end - row)
@@ -138,7 +144,9 @@ def _items(sequences: Sequences, tiling: AttentionTiling, sliding_window: int | 
                         -1, length - (end - begin),
                     ]
                 )  # fmt: skip
-    return rows, chunk
+    if len(sequences) <= MAX_SORTED:
+        lists.sort(key=lambda one: -one[0])
+    return [row for _, rows in lists for row in rows], chunk
 
 
 def _span(seq_len: int, query_len: int, queries_per_tile: int, sliding_window: int | None) -> int:

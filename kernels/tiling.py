@@ -39,7 +39,10 @@ COARSE_CHUNK = 2048  # and from there on
 COARSE_FROM = 8192
 INVARIANT_ROWS = 64
 INVARIANT_PARTIAL_BYTES = 1 << 26  # of partials that a batch-invariant plan may spend beyond one split tile
+MAX_SORTED = 256  # sequences whose items a plan puts in order of length; more balance by their number
 MAX_ROWS = {128: 128, 256: 64, 576: 32}  # rows of a tile by the largest head size they are for
+LARGE_MAX_ROWS = {256: 128, 576: 32}  # the same where a thread block may use LARGE_SHARED_MEMORY bytes
+LARGE_SHARED_MEMORY = 229_376
 MAX_WALKED_ROWS = 64  # of tiles that workers walk
 
 
@@ -106,12 +109,14 @@ def choose_tiling(
     max_seq_len: int,
     num_seqs: int,
     multiprocessors: int,
+    shared_memory: int = 0,
     batch_invariant: bool = False,
 ) -> AttentionTiling:
-    """Choose the tile of a geometry on a device."""
+    """Choose the tile of a geometry on a device. ``shared_memory``: bytes that a thread block may use there."""
     group = num_heads // num_kv_heads
     largest_head = max(head_size, head_size_v)
-    largest = next(rows for size, rows in MAX_ROWS.items() if largest_head <= size)
+    max_rows = LARGE_MAX_ROWS if shared_memory >= LARGE_SHARED_MEMORY else MAX_ROWS
+    largest = next(rows for size, rows in max_rows.items() if largest_head <= size)
     if batch_invariant:  # one shape of product for every query length: another shape may sum in another order
         largest = min(largest, INVARIANT_ROWS)
     tiles_per_kv_head = ceil_div(group, largest)
@@ -302,6 +307,50 @@ def choose_hopper_decode(
         slots=max(1, min(16, 8192 // (slot_rows * head_size))),
         slot_rows=slot_rows,
         max_registers=128 if is_half else None,
+        key_rows=key_rows,
+        value_rows=value_rows,
+    )
+
+
+HOPPER_PREFILL_ROWS = 128  # two consumers of 64
+
+
+@dataclass(frozen=True)
+class HopperPrefillLaunch:
+    """Compile-time choices of ``kernels/hopper_prefill.py``, and the caches as it sees them."""
+
+    page: int  # slots that the copy engine fetches at a time
+    block_n: int
+    stages: int
+    workers: int
+    key_rows: CacheRows
+    value_rows: CacheRows
+
+
+def choose_hopper_prefill(
+    *,
+    tiling: AttentionTiling,
+    head_size: int,
+    head_size_v: int,
+    block_size: int,
+    key_rows: CacheRows | None,
+    value_rows: CacheRows | None,
+    multiprocessors: int,
+) -> HopperPrefillLaunch | None:
+    """The launch of the Hopper kernel for 16-bit caches; None where it has none and the portable kernel serves."""
+    page = block_size & -block_size
+    is_served = tiling.workers == 0 and not tiling.batch_invariant and tiling.rows == HOPPER_PREFILL_ROWS
+    if not is_served or head_size != head_size_v or head_size not in HOPPER_HEAD_SIZES or page < MIN_PAGE:
+        return None
+    if key_rows is None or value_rows is None:
+        return None
+    block_n = 64 if head_size == 256 else 128
+    available = HOPPER_SHARED_MEMORY - tiling.rows * head_size * 2 - 4096
+    return HopperPrefillLaunch(
+        page=min(page, block_n),
+        block_n=block_n,
+        stages=min(4, available // (2 * block_n * head_size * 2)),
+        workers=multiprocessors,
         key_rows=key_rows,
         value_rows=value_rows,
     )

@@ -227,6 +227,14 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
 class _Geometry(NamedTuple):
     """What a plan's buffers and tiles follow from, besides the number of sequences and the device."""
 
@@ -240,7 +248,12 @@ class _Geometry(NamedTuple):
 
 
 def _tiling(geometry: _Geometry, num_seqs: int, device: torch.device) -> AttentionTiling:
-    return choose_tiling(**geometry._asdict(), num_seqs=num_seqs, multiprocessors=_multiprocessors(device))
+    return choose_tiling(
+        **geometry._asdict(),
+        num_seqs=num_seqs,
+        multiprocessors=_multiprocessors(device),
+        shared_memory=_shared_memory(device),
+    )
 
 
 _cached_tiling = lru_cache(maxsize=1024)(_tiling)  # symbolic sizes, which only fakes see, cannot be hashed

@@ -268,7 +268,7 @@ def test_the_other_kernels_compile(capability: int) -> None:
     for has_window in (False, True):
         shared: dict[str, Any] = {"HAS_WINDOW": has_window, "FIELDS": ITEM_FIELDS, "NUM_LANES": 256}
         walks = {"MIN_UNITS": MIN_SHARE // SHARE_UNIT, "UNIT": SHARE_UNIT}
-        items = {"QUERIES_PER_TILE": 4, "BATCH_INVARIANT": has_window, "MIN_CHUNK": MIN_CHUNK}
+        items = {"QUERIES_PER_TILE": 4, "BATCH_INVARIANT": has_window, "SORTED": True, "MIN_CHUNK": MIN_CHUNK}
         items |= {"CHUNK_ALIGNMENT": CHUNK_ALIGNMENT, "FINE": FINE_CHUNK, "COARSE": COARSE_CHUNK, "FROM": COARSE_FROM}
         for kernel, constants in ((plan_walks_kernel, walks), (plan_items_kernel, items)):
             pointers = {name: "*i32" for name in kernel.arg_names if name.endswith("_ptr")}

@@ -192,7 +192,8 @@ def test_op_writes_what_the_reference_writes(seed: int, batch_invariant: bool) -
         **bounds,
     )
     multiprocessors = pagedattn.ops._multiprocessors(DEVICE)
-    tiling = choose_tiling(**geometry, **bounds, num_seqs=count, multiprocessors=multiprocessors)
+    limits = {"multiprocessors": multiprocessors, "shared_memory": pagedattn.ops._shared_memory(DEVICE)}
+    tiling = choose_tiling(**geometry, **bounds, num_seqs=count, **limits)
     effective = None if sliding_window is None or sliding_window >= bounds["max_seq_len"] else sliding_window
     items, counts = make_plan(seq_lens, query_lens, tiling, effective)
     assert plan.counts.tolist() == counts

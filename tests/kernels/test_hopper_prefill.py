@@ -1,0 +1,126 @@
+"""The Hopper kernel for prefill: when it serves, and (on that chip) its errors against the fp64 oracle."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from pagedattn.kernels.tiling import (
+    HOPPER_SHARED_MEMORY,
+    AttentionTiling,
+    CacheRows,
+    HopperPrefillLaunch,
+    choose_hopper_prefill,
+    choose_tiling,
+)
+from tests.device import DEVICE
+from tests.kernels.budget import assert_within_budget
+from tests.kernels.cases import build_case
+from tests.kernels.test_attention import attend, plan_for
+from tests.kernels.test_hopper_decode import IS_HOPPER
+
+
+def tiling(group: int = 4, head_size: int = 128, max_query_len: int = 512, **changes: Any) -> AttentionTiling:
+    sizes: dict[str, Any] = {"num_heads": 2 * group, "num_kv_heads": 2, "head_size": head_size}
+    sizes |= {"head_size_v": head_size, "max_query_len": max_query_len, "max_seq_len": 4096, "num_seqs": 8}
+    sizes |= {"multiprocessors": 132, "shared_memory": HOPPER_SHARED_MEMORY}
+    return choose_tiling(**{**sizes, **changes})
+
+
+def choose(made: AttentionTiling, head_size: int = 128, **changes: Any) -> HopperPrefillLaunch | None:
+    rows = CacheRows.of((9, 16, 2, head_size), (32 * head_size, 2 * head_size, head_size, 1), 2)
+    arguments: dict[str, Any] = {"head_size": head_size, "head_size_v": head_size, "multiprocessors": 132}
+    arguments |= {"block_size": 16, "key_rows": rows, "value_rows": rows}
+    return choose_hopper_prefill(tiling=made, **{**arguments, **changes})
+
+
+def test_who_is_served() -> None:
+    for head_size in (64, 128, 256):
+        assert choose(tiling(head_size=head_size), head_size) is not None
+    for group in (1, 3, 7, 64, 128):
+        assert choose(tiling(group)) is not None
+    assert choose(tiling(max_query_len=1)) is None  # decode
+    assert choose(tiling(batch_invariant=True)) is None
+    assert choose(tiling(head_size=192), 192) is None
+    assert choose(tiling(head_size=256, shared_memory=0), 256) is None
+    assert choose(tiling(), block_size=4) is None
+    assert choose(tiling(), block_size=12) is None
+    assert choose(tiling(), head_size_v=64) is None
+    assert choose(tiling(), key_rows=None) is None
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_launch_fits(head_size: int) -> None:
+    made = tiling(head_size=head_size)
+    launch = choose(made, head_size, block_size=544)
+    assert launch is not None
+    assert launch.page == 32
+    assert launch.stages >= 2
+    stage = 2 * launch.block_n * head_size * 2
+    assert launch.stages * stage + made.rows * head_size * 2 + 2048 <= HOPPER_SHARED_MEMORY
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_HOPPER, reason="the kernel is for compute capability 9")
+@pytest.mark.parametrize("number", range(120))
+def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedattn.kernels import attention
+    from pagedattn.kernels.hopper_prefill import PreparedHopperPrefill
+
+    draw = random.Random(number)
+    head_size = draw.choice([64, 128, 128, 256])
+    group, num_kv_heads = draw.choice([(1, 3), (4, 2), (7, 1), (8, 2), (3, 2), (16, 1), (5, 2)])
+    sequences = draw.choice([1, 3, 20])
+    seq_lens = [draw.choice([0, 1, 9, 63, 64, 65, 300, 1000, 5000]) for _ in range(sequences)]
+    longest = draw.choice([130, 200, 700])
+    query_lens = [draw.choice([0, 1, 1, 5, min(longest, length), draw.randint(0, longest)]) for length in seq_lens]
+    query_lens[0] = longest
+    options: dict[str, object] = {}
+    if draw.random() < 0.3:
+        options["causal"] = False
+    if draw.random() < 0.4:
+        options["sliding_window"] = draw.choice([1, 5, 64, 129, 700])
+    if draw.random() < 0.2:
+        options["attention_chunk"] = draw.choice([10, 64, 300])
+    if draw.random() < 0.3:
+        options["softcap"] = draw.choice([5.0, 50.0])
+    generator = torch.Generator().manual_seed(number)
+    if draw.random() < 0.3:
+        options["sinks"] = torch.randn(group * num_kv_heads, generator=generator)
+    if draw.random() < 0.2:
+        options["alibi_slopes"] = torch.rand(group * num_kv_heads, generator=generator) * 0.3
+    case = build_case(
+        generator=generator,
+        dtype=draw.choice([torch.bfloat16, torch.float16]),
+        num_heads=group * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=draw.choice([8, 16, 48, 64, 128, 544]),
+        seq_lens=seq_lens,
+        query_lens=query_lens,
+        layout=draw.choice(["NHD", "HND", "interleaved"]),
+        padding_rows=draw.choice([0, 0, 3, 50]),
+        magnitude=draw.choice([0.1, 1, 4]),
+        **options,
+    ).to(DEVICE)
+    served: list[object] = []
+    prepare = attention.prepare_hopper
+
+    def record(*given: Any) -> Any:
+        served.append(prepare(*given))
+        return served[-1]
+
+    monkeypatch.setattr(attention, "prepare_hopper", record)
+    monkeypatch.setattr("pagedattn.ops._prepared", {})
+    assert_within_budget(case, *attend(case, "given"))
+    assert served
+    assert all(isinstance(launch, PreparedHopperPrefill) for launch in served)
+    if number % 10 == 0:  # the same bits again, and the plan's counters are back at 0
+        plan = plan_for(case)
+        first, again = (attend(case, "given") for _ in range(2))
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+        assert not plan.counts[3:].any()
