@@ -789,7 +789,8 @@ def prepare_hopper(
 
         return PreparedHopperDecode(query, key_cache, block_table, tiling, decode, options, out, lse)
     has_scales = options.k_scale is not None or options.v_scale is not None
-    if {key_cache.dtype, out.dtype} != {query.dtype} or has_scales or not options.scale > 0:
+    is_aligned = all(stride * query.element_size() % ALIGNMENT == 0 for stride in query.stride()[:2])
+    if {key_cache.dtype, out.dtype} != {query.dtype} or has_scales or not options.scale > 0 or not is_aligned:
         return None
     prefill = choose_hopper_prefill(
         tiling=tiling,
@@ -920,7 +921,8 @@ class PreparedAttention:
         ``workspaces``: fp32 tensors by number of elements, of calls that do not overlap; what is missing is added.
         """
         partials = workspace(self._partial_elements, query.device, workspaces)
-        if self._hopper is not None and not (key_cache.data_ptr() | value_cache.data_ptr()) % ALIGNMENT:
+        addresses = query.data_ptr() | key_cache.data_ptr() | value_cache.data_ptr()
+        if self._hopper is not None and not addresses % ALIGNMENT:
             self._hopper(
                 query, key_cache, value_cache, block_table, plan, alibi_slopes, sinks, k_scale, v_scale,
                 partials, out, lse,

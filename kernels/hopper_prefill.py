@@ -154,10 +154,10 @@ def schedule(
 
 
 @gluon.jit
-def page_rows(blocks, first_page, last_page, block_rows, PAGE: gl.constexpr, PAGES_PER_BLOCK: gl.constexpr):
-    """Rows at which the pages of ``load_blocks`` begin; OUTSIDE past the last page."""
+def page_rows(blocks, first_page, end, block_rows, PAGE: gl.constexpr, PAGES_PER_BLOCK: gl.constexpr):
+    """Rows at which the pages of ``load_blocks`` begin; OUTSIDE where they have no key before ``end``."""
     page = first_page + gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
-    return gl.where(page <= last_page, blocks * block_rows + (page % PAGES_PER_BLOCK) * PAGE, OUTSIDE)
+    return gl.where(page * PAGE < end, blocks * block_rows + (page % PAGES_PER_BLOCK) * PAGE, OUTSIDE)
 
 
 @gluon.jit
@@ -210,12 +210,14 @@ def produce(
         page = begin // PAGE
         last_page = (gl.maximum(end, begin + 1) - 1) // PAGE
         start = page * PAGE
-        blocks = load_blocks(table_ptr, page, last_page, PAGES_PER_BLOCK)
+        blocks = gl.zeros([LANES], gl.int32, gl.BlockedLayout([1], [LANES], [1], [0]))
+        if begin < end:  # else the tile is fetched from outside
+            blocks = load_blocks(table_ptr, page, last_page, PAGES_PER_BLOCK)
         while page <= last_page:
-            key_rows = page_rows(blocks, page, last_page, key_block_rows, PAGE, PAGES_PER_BLOCK)
+            key_rows = page_rows(blocks, page, end, key_block_rows, PAGE, PAGES_PER_BLOCK)
             value_rows = key_rows
             if not SAME_ROWS:
-                value_rows = page_rows(blocks, page, last_page, value_block_rows, PAGE, PAGES_PER_BLOCK)
+                value_rows = page_rows(blocks, page, end, value_block_rows, PAGE, PAGES_PER_BLOCK)
             if page + LANES <= last_page:  # these arrive while the copies of the pages before them are asked for
                 blocks = load_blocks(table_ptr, page + LANES, last_page, PAGES_PER_BLOCK)
             index = 0
@@ -489,7 +491,7 @@ def consume(
         mbarrier.wait(units_full.index(turn % UNITS), turn // UNITS % 2)
     write_padding(
         out_ptr, lse_ptr, gl.load(counts_ptr + here(1)), num_tokens, num_heads, num_workers, stride_out_token,
-        stride_out_head, gl.convert_layout(row, RESULT_ROW), dim, HALF, RETURN_LSE, RESULT,
+        stride_out_head, gl.convert_layout(row, RESULT_ROW), dim, RETURN_LSE, RESULT,
     )  # fmt: skip
 
 
@@ -545,7 +547,7 @@ def merge_partials(
 @gluon.jit
 def write_padding(
     out_ptr, lse_ptr, first_token, num_tokens, num_heads, num_workers, stride_out_token, stride_out_head,
-    row, dim, HALF: gl.constexpr, RETURN_LSE: gl.constexpr, LAYOUT: gl.constexpr,
+    row, dim, RETURN_LSE: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Write 0 and -inf to the rows that belong to no sequence."""
     ROWS: gl.constexpr = 2 * row.shape[0]

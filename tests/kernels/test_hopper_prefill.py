@@ -19,6 +19,7 @@ from pagedattn.kernels.tiling import (
 from tests.device import DEVICE
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case
+from tests.kernels.oracle import AttentionCase
 from tests.kernels.test_attention import attend, plan_for
 from tests.kernels.test_hopper_decode import IS_HOPPER
 
@@ -63,13 +64,7 @@ def test_launch_fits(head_size: int) -> None:
     assert launch.stages * stage + made.rows * head_size * 2 + 2048 <= HOPPER_SHARED_MEMORY
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not IS_HOPPER, reason="the kernel is for compute capability 9")
-@pytest.mark.parametrize("number", range(120))
-def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pagedattn.kernels import attention
-    from pagedattn.kernels.hopper_prefill import PreparedHopperPrefill
-
+def draw_case(number: int) -> AttentionCase:
     draw = random.Random(number)
     head_size = draw.choice([64, 128, 128, 256])
     group, num_kv_heads = draw.choice([(1, 3), (4, 2), (7, 1), (8, 2), (3, 2), (16, 1), (5, 2)])
@@ -92,7 +87,7 @@ def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         options["sinks"] = torch.randn(group * num_kv_heads, generator=generator)
     if draw.random() < 0.2:
         options["alibi_slopes"] = torch.rand(group * num_kv_heads, generator=generator) * 0.3
-    case = build_case(
+    return build_case(
         generator=generator,
         dtype=draw.choice([torch.bfloat16, torch.float16]),
         num_heads=group * num_kv_heads,
@@ -106,6 +101,16 @@ def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         magnitude=draw.choice([0.1, 1, 4]),
         **options,
     ).to(DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_HOPPER, reason="the kernel is for compute capability 9")
+@pytest.mark.parametrize("number", range(120))
+def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedattn.kernels import attention
+    from pagedattn.kernels.hopper_prefill import PreparedHopperPrefill
+
+    case = draw_case(number)
     served: list[object] = []
     prepare = attention.prepare_hopper
 
