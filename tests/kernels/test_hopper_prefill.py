@@ -8,17 +8,22 @@ from typing import Any
 import pytest
 import torch
 
+from pagedattn.kernels import hopper_prefill
+from pagedattn.kernels.options import AttentionOptions
+from pagedattn.kernels.plan_reference import plan_attention
 from pagedattn.kernels.tiling import (
     HOPPER_SHARED_MEMORY,
+    ITEM_FIELDS,
     AttentionTiling,
     CacheRows,
     HopperPrefillLaunch,
     choose_hopper_prefill,
     choose_tiling,
 )
-from tests.device import DEVICE
+from tests.device import DEVICE, INTERPRETED
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case
+from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher
 from tests.kernels.oracle import AttentionCase
 from tests.kernels.test_attention import attend, plan_for
 from tests.kernels.test_hopper_decode import IS_HOPPER
@@ -64,13 +69,14 @@ def test_launch_fits(head_size: int) -> None:
     assert launch.stages * stage + made.rows * head_size * 2 + 2048 <= HOPPER_SHARED_MEMORY
 
 
-def draw_case(number: int) -> AttentionCase:
+def draw_case(number: int, small: bool = False) -> AttentionCase:
     draw = random.Random(number)
-    head_size = draw.choice([64, 128, 128, 256])
+    head_size = draw.choice([64, 128] if small else [64, 128, 128, 256])
     group, num_kv_heads = draw.choice([(1, 3), (4, 2), (7, 1), (8, 2), (3, 2), (16, 1), (5, 2)])
-    sequences = draw.choice([1, 3, 20])
-    seq_lens = [draw.choice([0, 1, 9, 63, 64, 65, 300, 1000, 5000]) for _ in range(sequences)]
-    longest = draw.choice([130, 200, 700])
+    sequences = draw.choice([1, 3, 5] if small else [1, 3, 20])
+    lengths = [0, 1, 9, 63, 64, 65, 300, 1000, 5000]
+    seq_lens = [draw.choice(lengths[:8] if small else lengths) for _ in range(sequences)]
+    longest = draw.choice([130, 200, 400] if small else [130, 200, 700])
     query_lens = [draw.choice([0, 1, 1, 5, min(longest, length), draw.randint(0, longest)]) for length in seq_lens]
     query_lens[0] = longest
     options: dict[str, object] = {}
@@ -100,7 +106,94 @@ def draw_case(number: int) -> AttentionCase:
         padding_rows=draw.choice([0, 0, 3, 50]),
         magnitude=draw.choice([0.1, 1, 4]),
         **options,
-    ).to(DEVICE)
+    ).to(torch.device("cpu") if small else DEVICE)
+
+
+def attend_interpreted(case: AttentionCase, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's output and log-sum-exp, on the interpreter."""
+    num_tokens, num_heads, head_size = case.query.shape
+    num_kv_heads, num_seqs = case.key_cache.shape[2], case.seq_lens.shape[0]
+    options = dict(case.options)
+    window = options.get("sliding_window")
+    made = choose_tiling(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        head_size_v=head_size,
+        max_query_len=case.max_query_len,
+        max_seq_len=case.block_table.shape[1] * case.key_cache.shape[1],
+        num_seqs=num_seqs,
+        multiprocessors=workers,
+        shared_memory=HOPPER_SHARED_MEMORY,
+    )
+    rows = [CacheRows.of(cache.shape, cache.stride(), 2) for cache in (case.key_cache, case.value_cache)]
+    launch = choose(
+        made, head_size, block_size=case.key_cache.shape[1], key_rows=rows[0], value_rows=rows[1],
+        multiprocessors=workers,
+    )  # fmt: skip
+    assert launch is not None
+    items = torch.full((made.max_items, ITEM_FIELDS), -7, dtype=torch.int32)
+    counts = torch.full((made.num_counts,), -7, dtype=torch.int32)
+    plan_attention(case.seq_lens, case.query_start_loc, items, counts, tiling=made, sliding_window=window)
+    out = torch.full_like(case.query, torch.nan)
+    lse = torch.full((num_tokens, num_heads), torch.nan)
+    options.setdefault("scale", head_size**-0.5)
+    chosen = AttentionOptions(**options)
+    prepared = hopper_prefill.PreparedHopperPrefill(
+        case.query, case.key_cache, case.block_table, made, launch, chosen, out, lse
+    )
+    partials = torch.full((made.max_slots * made.head_tiles * made.slot_rows * (head_size + 1),), torch.nan)
+    prepared(
+        case.query, case.key_cache, case.value_cache, case.block_table, (items, counts), chosen.alibi_slopes,
+        chosen.sinks, None, None, partials, out, lse,
+    )  # fmt: skip
+    assert not counts[3:].any()
+    return out, lse
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedattn.kernels.hopper_decode.describe", Descriptor)
+    launcher = InterpretedLauncher(hopper_prefill.hopper_prefill_kernel)
+    monkeypatch.setattr(hopper_prefill, "launch_hopper_prefill", launcher)
+
+
+NOT_IN_TRITONS_INTERPRETER = pytest.mark.skipif(INTERPRETED, reason="that interpreter replaces the jit functions")
+
+
+@NOT_IN_TRITONS_INTERPRETER
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("number", range(1000, 1010))
+def test_drawn_on_a_cpu(number: int) -> None:
+    case = draw_case(number, small=True)
+    assert_within_budget(case, *attend_interpreted(case, workers=3 if number % 2 else 40))
+
+
+@NOT_IN_TRITONS_INTERPRETER
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize(
+    ("seq_lens", "query_lens", "padding_rows", "options"),
+    [
+        ([200, 40], [130, 30], 250, {}),  # more padding than the workers write at a time
+        ([300, 0], [700, 33], 0, {"causal": False}),  # queries before the sequence, keys that none of them may see
+        ([1500, 700, 900], [140, 1, 1], 0, {}),  # rings filled several times; decodes beside a chunk
+        ([3000], [130], 0, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}),  # split
+    ],
+)
+def test_edges_on_a_cpu(seq_lens: list[int], query_lens: list[int], padding_rows: int, options: dict[str, Any]) -> None:
+    case = build_case(
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.bfloat16,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=64,
+        block_size=128,  # so that the producer is ahead
+        seq_lens=seq_lens,
+        query_lens=query_lens,
+        padding_rows=padding_rows,
+        **options,
+    )
+    assert_within_budget(case, *attend_interpreted(case, workers=7))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,424 @@
+"""Runs Gluon kernels for Hopper on a CPU, slowly: what they compute, and in what order they wait for each other.
+
+Triton's interpreter has no Gluon. Here a kernel's Python functions run on torch tensors, with this module in the place
+of Gluon's: each partition of ``warp_specialize`` is a thread, a barrier is a condition, and what is asynchronous on the
+chip happens as early or as late as the kernel's waits allow: a product when it is waited for, a copy at once or when it
+is waited for, as chance has it. So a wait that is missing shows in the result.
+Shared memory begins as NaN, reads and writes outside of a tensor raise, and a wait that nobody ends raises after a
+while. Layouts are ignored: whether they fit together is what compiling tells (``tests/kernels/test_compile.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.language.core import constexpr
+from triton.runtime.jit import JITFunction
+
+from pagedattn.kernels.tiling import CacheRows
+
+PATIENCE_SECONDS = 20.0
+LANES = 32
+chance = random.Random(0)
+
+
+class Value(Tensor):
+    """A tensor or scalar of a kernel: operators never change it in place, as in Triton."""
+
+    @staticmethod
+    def of(value: Any) -> Any:
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+        return tensor.as_subclass(Value)  # type: ignore[arg-type]
+
+    type = SimpleNamespace(layout=None)  # type: ignore[assignment]
+
+    def to(self, dtype: Any, bitcast: bool = False) -> Any:  # type: ignore[override]
+        return Value.of(self.view(dtype.torch) if bitcast else Tensor.to(self, dtype.torch))
+
+    def __iadd__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self + other
+
+    def __isub__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self - other
+
+    def __imul__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self * other
+
+
+class Dtype:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.torch = dtype
+        self.primitive_bitwidth = dtype.itemsize * 8
+        self.element_ty = self  # of a pointer to it
+
+
+class Pointer:
+    """Element offsets into a tensor's storage."""
+
+    def __init__(self, memory: Tensor | None, offset: Any, dtype: torch.dtype) -> None:
+        self.memory, self.offset, self.dtype = memory, offset, Dtype(dtype)
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Pointer:
+        if tensor is None:
+            return cls(None, Value.of(0), torch.float32)
+        memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        return cls(memory, Value.of(tensor.storage_offset()), tensor.dtype)
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + other, self.dtype.torch)
+
+    def select(self, mask: Any, *others: Any) -> tuple[Tensor, ...]:
+        """Offsets within the memory and, broadcast with them, the mask and others."""
+        values = torch.broadcast_tensors(self.offset, Value.of(True if mask is None else mask), *map(Value.of, others))
+        offset, chosen = values[0][values[1]], values[1]
+        assert self.memory is not None or not chosen.any(), "memory that there is not"
+        if self.memory is not None and chosen.any():
+            assert 0 <= int(offset.min()) <= int(offset.max()) < self.memory.numel(), "outside of the tensor"
+        return offset, chosen, *values[2:]
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived and all bytes are there."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.count = self.missing = self.bytes = self.phase = 0
+        self.late: list[Any] = []  # copies that nobody has waited for yet
+
+    def change(self, arrivals: int, expected: int) -> None:
+        with self.condition:
+            assert self.count, "not initialized"
+            self.missing -= arrivals
+            self.bytes += expected
+            assert self.missing >= 0, "more arrivals than a phase has"
+            if self.missing == self.bytes == 0:
+                self.missing = self.count
+                self.phase ^= 1
+                self.condition.notify_all()
+        if arrivals and chance.random() < 0.3:  # others go on
+            time.sleep(1e-3)
+
+    def copy(self, copy: Any) -> None:
+        """A copy that this barrier will know of."""
+        with self.condition:
+            if chance.random() < 0.5:
+                self.late.append(copy)
+                self.condition.notify_all()
+                return
+        copy()
+
+    def wait(self, parity: Any) -> None:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            with self.condition:
+                self.condition.wait_for(lambda: self.late or self.phase != int(parity), PATIENCE_SECONDS)
+                if self.phase != int(parity):
+                    return
+                late, self.late = self.late, []
+            for copy in late:
+                copy()
+            if time.monotonic() > end:
+                raise TimeoutError("a barrier that nobody completes")
+
+
+class Barriers:
+    def __init__(self, count: int) -> None:
+        self.barriers = [Barrier() for _ in range(count)]
+
+    def index(self, number: Any) -> Barrier:
+        return self.barriers[int(number)]
+
+
+class Shared:
+    """A view of shared memory."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory, self.dtype, self.shape = memory, Dtype(memory.dtype), tuple(memory.shape)
+
+    def index(self, number: Any) -> Shared:
+        return Shared(self.memory[int(number)])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.memory.narrow(dim, start, length))
+
+    def permute(self, order: Any) -> Shared:
+        return Shared(self.memory.permute(order))
+
+    def load(self, layout: Any) -> Any:
+        return Value.of(self.memory.clone())
+
+    def store(self, value: Any) -> None:
+        assert value.shape == self.memory.shape
+        self.memory.copy_(value)
+
+
+class Product:
+    """A product of a warp group that is under way. Its operands are read when it is waited for."""
+
+    def __init__(self, a: Any, b: Shared, sum_: Any, use_acc: bool) -> None:
+        self.operands, self.result = (a, b, sum_, use_acc), None
+
+    def finish(self) -> Any:
+        if self.result is None:
+            a, b, sum_, use_acc = self.operands
+            left = a.memory if isinstance(a, Shared) else a
+            product = left.float() @ b.memory.float()
+            self.result = Value.of(product + sum_ if use_acc else product)
+        return self.result
+
+
+class Descriptor:
+    """What the copy engine knows of a cache."""
+
+    def __init__(self, cache: Tensor, rows: CacheRows, page: int) -> None:
+        shape, strides = (rows.num_rows, rows.num_columns), (cache.stride(1), 1)
+        self.matrix = cache.as_strided(shape, strides, cache.storage_offset())
+        self.dtype, self.layout = Dtype(cache.dtype), None
+
+    def fetch(self, row: int, column: int, box: Shared) -> None:
+        rows, columns = box.shape
+        box.memory.zero_()
+        first, end = max(0, row), min(self.matrix.shape[0], row + rows)
+        if first < end:
+            box.memory[first - row : end - row] = self.matrix[first:end, column : column + columns]
+
+
+class Block:
+    """What the threads of one thread block share."""
+
+    def __init__(self, program: int, programs: int) -> None:
+        self.program, self.programs = program, programs
+        self.errors: list[BaseException] = []
+
+
+class Thread(threading.local):
+    block: Block
+    products: list[Product]
+    copies: list[Any]
+
+
+thread = Thread()
+atomic = threading.Lock()
+
+
+def _in_thread(block: Block, function: Any, *arguments: Any) -> None:
+    thread.block, thread.products, thread.copies = block, [], []
+    try:
+        function(*arguments)
+    except BaseException as error:  # noqa: BLE001 - raised again by who started the thread
+        block.errors.append(error)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, constexpr) else value
+
+
+# --- the place of Gluon -----------------------------------------------------------------------------------------------
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = 0, cache_modifier: str = "") -> Any:
+    offset, chosen = pointer.select(mask)
+    result = torch.full(chosen.shape, other, dtype=pointer.dtype.torch)
+    if pointer.memory is not None:
+        result[chosen] = pointer.memory[offset]
+    return Value.of(result if result.is_floating_point() else result.long())
+
+
+def store(pointer: Pointer, value: Any, mask: Any = None) -> None:
+    offset, chosen, values = pointer.select(mask, value)
+    if pointer.memory is not None:
+        pointer.memory[offset] = values[chosen].as_subclass(Tensor).to(pointer.dtype.torch)
+
+
+def atomic_add(pointer: Pointer, value: int, sem: str) -> Any:
+    with atomic:
+        old = load(pointer)
+        store(pointer, old + value)
+        return old
+
+
+def inline_asm_elementwise(asm: str, constraints: str, args: list[Any], **options: Any) -> Any:
+    assert not args or asm.startswith("mov.b32"), asm
+    return Value.of(args[0]) if args else None
+
+
+def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
+    product = Product(a, b, acc, use_acc)
+    if not is_async:
+        assert not thread.products
+        return product.finish()
+    thread.products.append(product)
+    return product
+
+
+def warpgroup_mma_wait(num_outstanding: int, deps: list[Product]) -> Any:
+    if chance.random() < 0.3:  # long enough for others to overwrite what they may
+        time.sleep(1e-3)
+    while len(thread.products) > num_outstanding:
+        thread.products.pop(0).finish()
+    assert all(product.result is not None for product in deps), "a product that is not waited for"
+    return deps[0].result if len(deps) == 1 else tuple(product.result for product in deps)
+
+
+def fetch(descriptor: Descriptor, place: list[Any], barrier: Barrier, box: Shared) -> None:
+    row, column = map(int, place)
+    size = box.memory.numel() * box.memory.element_size()
+
+    def run() -> None:
+        descriptor.fetch(row, column, box)
+        barrier.change(0, -size)
+
+    barrier.copy(run)
+
+
+def copy(box: Shared, pointer: Pointer) -> None:
+    thread.copies.append((box, pointer))
+
+
+def copies_arrive(barrier: Barrier, increment_count: bool) -> None:
+    assert not increment_count
+    copies, thread.copies = thread.copies, []
+
+    def run() -> None:
+        for box, pointer in copies:
+            box.store(load(pointer).as_subclass(Tensor).to(box.memory.dtype))
+        barrier.change(LANES, 0)
+
+    barrier.copy(run)
+
+
+def init(barrier: Barrier, count: Any) -> None:
+    barrier.count = barrier.missing = int(_plain(count))
+
+
+def allocate_shared_memory(dtype: Dtype, shape: list[int], layout: Any) -> Any:
+    if layout == "barrier":
+        return Barrier() if len(shape) == 1 else Barriers(shape[0])
+    poison = math.nan if dtype.torch.is_floating_point else 1 << 30
+    return Shared(torch.full(shape, poison, dtype=dtype.torch))
+
+
+def warp_specialize(partitions: list[Any], worker_num_warps: list[int], worker_num_regs: list[int]) -> None:
+    block = thread.block
+    threads = [
+        threading.Thread(target=_in_thread, args=(block, function, *arguments), daemon=True)
+        for function, arguments in partitions
+    ]
+    for started in threads:
+        started.start()
+    for started in threads:
+        started.join()
+
+
+def _of_two(function: Any) -> Any:
+    return lambda a, b: Value.of(function(Value.of(a), Value.of(b)))
+
+
+def _of_one(function: Any) -> Any:
+    return lambda a: Value.of(function(Value.of(a)))
+
+
+def _filled(value: Any, shape: list[int], dtype: Dtype) -> Any:
+    return Value.of(torch.full(shape, float(value) if dtype.torch.is_floating_point else int(value), dtype=dtype.torch))
+
+
+def _no_layout(*arguments: Any) -> Any:
+    return SimpleNamespace(instr_shape=arguments[2] if len(arguments) > 2 else None)
+
+
+DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
+LAYOUTS = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout")
+gluon_language = SimpleNamespace(
+    **{name: Dtype(getattr(torch, name)) for name in DTYPES},
+    **dict.fromkeys((*LAYOUTS, "SwizzledSharedLayout", "DistributedLinearLayout"), _no_layout),
+    constexpr=lambda value: value,
+    static_range=range,
+    load=load,
+    store=store,
+    atomic_add=atomic_add,
+    inline_asm_elementwise=inline_asm_elementwise,
+    allocate_shared_memory=allocate_shared_memory,
+    warp_specialize=warp_specialize,
+    program_id=lambda axis: thread.block.program,
+    num_warps=lambda: 4,
+    arange=lambda start, end, layout=None: Value.of(torch.arange(start, end)),
+    full=lambda shape, value, dtype, layout=None: _filled(value, shape, dtype),
+    zeros=lambda shape, dtype, layout=None: _filled(0, shape, dtype),
+    convert_layout=lambda value, layout: value,
+    permute=lambda value, order: value.permute(order),
+    where=lambda mask, a, b: Value.of(torch.where(Value.of(mask), Value.of(a), Value.of(b))),
+    sum=lambda value, axis: Value.of(value.sum(axis)),
+    max=lambda value, axis: Value.of(value.amax(axis)),
+    minimum=_of_two(torch.minimum),
+    maximum=_of_two(torch.maximum),
+    exp2=_of_one(torch.exp2),
+    log2=_of_one(torch.log2),
+    abs=_of_one(torch.abs),
+    floor=_of_one(torch.floor),
+)
+PLACES: dict[str, Any] = {
+    "gl": gluon_language,
+    "mbarrier": SimpleNamespace(
+        init=init,
+        wait=lambda barrier, phase: barrier.wait(phase),
+        expect=lambda barrier, size: barrier.change(1, size),
+        arrive=lambda barrier, count=1: barrier.change(count, 0),
+        MBarrierLayout=lambda: "barrier",
+    ),
+    "async_copy": SimpleNamespace(mbarrier_arrive=copies_arrive),
+    "fetch": fetch,
+    "copy": copy,
+    "warpgroup_mma": warpgroup_mma,
+    "warpgroup_mma_wait": warpgroup_mma_wait,
+    "fence_async_shared": lambda: None,
+    "synchronize": lambda: None,
+}
+
+
+def interpreted(function: Any, translated: dict[int, Any] | None = None) -> Any:
+    """A jit function as a Python function on this module's values, with all that it calls."""
+    translated = {} if translated is None else translated
+    if id(function) in translated:
+        return translated[id(function)]
+    source = function.fn
+    names: dict[str, Any] = dict(source.__globals__)
+    result = translated[id(function)] = FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+    for name in source.__code__.co_names:
+        value = names.get(name)
+        if name in PLACES:
+            names[name] = PLACES[name]
+        elif isinstance(value, constexpr):
+            names[name] = value.value
+        elif isinstance(value, JITFunction):
+            names[name] = interpreted(value, translated)
+        elif hasattr(value, "__triton_builtin__") or isinstance(value, ModuleType):
+            raise NotImplementedError(name)
+        elif callable(value) and hasattr(value, "__wrapped__"):  # a function of constants
+            names[name] = lambda *arguments: None
+    return result
+
+
+class InterpretedLauncher:
+    """In the place of ``pagedattn.kernels.launcher.Launcher``; monkeypatch ``describe`` with ``Descriptor`` as well."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = interpreted(kernel)
+
+    def prepare(self, key: Any, programs: tuple[int, int], device: Any, sizes: tuple[Any, ...], **options: Any) -> Any:
+        def launch(tensors: tuple[Tensor | None, ...], descriptors: Any) -> None:
+            arguments = (*descriptors.given, *map(Pointer.of, tensors), *sizes)
+            for program in range(programs[0]):
+                block = Block(program, programs[0])
+                _in_thread(block, self._kernel, *arguments)
+                if block.errors:
+                    raise block.errors[0]
+
+        return launch
