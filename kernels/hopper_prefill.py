@@ -635,6 +635,9 @@ def hopper_prefill_kernel(
     DTYPE: gl.constexpr = key_descriptor.dtype
     TILES_PER_KV_HEAD: gl.constexpr = (GROUP + HEADS - 1) // HEADS
     HALF_ROWS: gl.constexpr = ROWS // 2
+    # Of a thread: twice the consumers' and once the others' make 504. Long rows take the scheduler more to address.
+    CONSUMER_REGISTERS: gl.constexpr = 216 if HEAD_DIM == 256 else 224
+    OTHER_REGISTERS: gl.constexpr = 72 if HEAD_DIM == 256 else 56
     num_head_tiles = num_kv_heads * TILES_PER_KV_HEAD
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     queries = gl.allocate_shared_memory(DTYPE, [2, HALF_ROWS, HEAD_DIM], swizzled)
@@ -710,7 +713,7 @@ def hopper_prefill_kernel(
             ),
         ],
         [4, 1, 1],
-        [216, 72, 72],
+        [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
     )  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from pagedattn.kernels.tiling import (
     SHARE_UNIT,
     CacheRows,
     choose_hopper_decode,
+    choose_hopper_prefill,
     choose_launch,
     choose_tiling,
 )
@@ -122,6 +125,7 @@ def compile_attention(
         max_seq_len=8192,
         num_seqs=4,
         multiprocessors=132,
+        shared_memory=SHARED_MEMORY[capability],
         batch_invariant=variant.batch_invariant,
     )
     cache = variant.cache or dtype
@@ -184,13 +188,37 @@ HOPPER_VARIANTS = (
 )
 
 
-@pytest.mark.parametrize("variant", HOPPER_VARIANTS, ids=str)
-@pytest.mark.parametrize("max_query_len", [1, 4])
-def test_hopper_decode_compiles(variant: Variant, max_query_len: int) -> None:
+def compile_gluon(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
+    """As ``compile_kernel``, for Hopper."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.startswith("stride")]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": 4, "launch_pdl": True, **options}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def stack_bytes(compiled: Any, path: Path) -> int:
+    """What a thread keeps in memory for want of registers."""
+    import triton
+
+    path.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", report))
+
+
+@pytest.mark.parametrize("variant", HOPPER_VARIANTS, ids=str)
+@pytest.mark.parametrize("max_query_len", [1, 4])
+def test_hopper_decode_compiles(variant: Variant, max_query_len: int) -> None:
     from pagedattn.kernels import hopper_decode
 
     head_size, cache = variant.head[0], variant.cache or torch.bfloat16
@@ -243,20 +271,71 @@ def test_hopper_decode_compiles(variant: Variant, max_query_len: int) -> None:
     pointers = dict.fromkeys(("block_table_ptr", "items_ptr", "counts_ptr"), "*i32")
     pointers |= {"out_ptr": "*bf16", "query_ptr": "*bf16", "logit_scale": "fp32", "softcap_log2": "fp32"}
     pointers |= {"key_descriptor": descriptor, "value_descriptor": descriptor}
-    names = kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        for name in names
-    }
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.startswith("stride")]
-    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
-    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options: dict[str, Any] = {"num_warps": 4, "launch_pdl": True}
-    if launch.max_registers is not None:
-        options["maxnreg"] = launch.max_registers
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    options = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
+    compiled = compile_gluon(kernel, pointers, constants, **options)
     available = HOPPER_HALF_SHARED_MEMORY if head_size <= 128 else SHARED_MEMORY[90]
     assert compiled.metadata.shared <= available
+
+
+PREFILL_VARIANTS = (
+    Variant(),
+    Variant((64, 64), 3, features=("HAS_WINDOW", "HAS_SINKS", "RETURN_LSE")),
+    Variant((256, 256), 2, features=("HAS_SOFTCAP",)),
+    Variant((128, 128), 7, mask="full", features=("HAS_ALIBI", "HAS_CHUNK")),
+)
+
+
+@pytest.mark.parametrize("variant", PREFILL_VARIANTS, ids=str)
+def test_hopper_prefill_compiles(variant: Variant, tmp_path: Path) -> None:
+    from pagedattn.kernels import hopper_decode, hopper_prefill
+
+    head_size = variant.head[0]
+    rows = CacheRows.of((100, 16, 2, head_size), (32 * head_size, 2 * head_size, head_size, 1), 2)
+    tiling = choose_tiling(
+        num_heads=variant.group * 2,
+        num_kv_heads=2,
+        head_size=head_size,
+        head_size_v=head_size,
+        max_query_len=512,
+        max_seq_len=8192,
+        num_seqs=4,
+        multiprocessors=132,
+        shared_memory=SHARED_MEMORY[90],
+    )
+    launch = choose_hopper_prefill(
+        tiling=tiling,
+        head_size=head_size,
+        head_size_v=head_size,
+        block_size=16,
+        key_rows=rows,
+        value_rows=rows,
+        multiprocessors=132,
+    )
+    assert launch is not None
+    kernel = hopper_prefill.hopper_prefill_kernel
+    constants = {flag: flag in variant.features for flag in FLAGS} | {
+        "GROUP": variant.group,
+        "HEADS": tiling.heads_per_tile,
+        "HEAD_DIM": head_size,
+        "ROWS": tiling.rows,
+        "QUERIES_PER_TILE": tiling.queries_per_tile,
+        "BLOCK_SIZE": 16,
+        "PAGE": launch.page,
+        "BLOCK_N": launch.block_n,
+        "STAGES": launch.stages,
+        "SAME_ROWS": True,
+        "CAUSAL": variant.mask == "causal",
+        "FIELDS": ITEM_FIELDS,
+    }
+    layout = hopper_decode.swizzled_layout(head_size * 2, 16)
+    descriptor = f"tensordesc<bf16[{launch.page}, {head_size}],{layout!r}>"
+    pointers = dict.fromkeys(("block_table_ptr", "items_ptr", "counts_ptr"), "*i32")
+    pointers |= {"out_ptr": "*bf16", "query_ptr": "*bf16", "logit_scale": "fp32", "softcap_log2": "fp32"}
+    pointers |= {"key_descriptor": descriptor, "value_descriptor": descriptor}
+    compiled = compile_gluon(kernel, pointers, constants)
+    assert compiled.metadata.shared <= SHARED_MEMORY[90]
+    # Parameters may wait in memory for the end of a unit; what the loop over keys needs would be more than this.
+    assert stack_bytes(compiled, tmp_path / "kernel.cubin") <= (64 if head_size <= 128 else 192)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
