@@ -69,7 +69,10 @@ def wait_for_launches_before():
 
 @gluon.jit
 def visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL: gl.constexpr, HAS_CHUNK: gl.constexpr):
-    """First and end key of an item that any of its queries sees."""
+    """First and end key of an item that any of its queries sees; both 0 if there is none.
+
+    Who walks the span from the page in which it begins must find nothing either: begin may lie behind end.
+    """
     queries = gl.load(item_ptr + 2)
     first_position = gl.load(item_ptr + 3)
     begin = gl.load(item_ptr + 4)
@@ -80,7 +83,8 @@ def visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL: gl.constexpr
     if HAS_CHUNK:
         begin = gl.maximum(begin, gl.maximum(first_position, 0) // attention_chunk * attention_chunk)
         end = gl.minimum(end, (gl.maximum(last_position, 0) // attention_chunk + 1) * attention_chunk)
-    return begin, end
+    is_seen = begin < end
+    return gl.where(is_seen, begin, 0), gl.where(is_seen, end, 0)
 
 
 # --- producer ---------------------------------------------------------------------------------------------------------
@@ -207,62 +211,90 @@ def add_sink(lse, sink):
 
 
 @gluon.jit
-def bytes_to_half(packed, BIAS: gl.constexpr):
-    """Unsigned bytes less BIAS (128 or 8) as fp16: a byte in the low bits of 1024.0 is that much more than 1024."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 low, high, bias;
-        prmt.b32 low, $2, 0x64646464, 0x4140;
-        prmt.b32 high, $2, 0x64646464, 0x4342;
-        mov.b32 bias, """
-        + ("0x64806480" if BIAS == 128 else "0x64086408")
-        + """;
-        sub.f16x2 $0, low, bias;
-        sub.f16x2 $1, high, bias;
-        }
-        """,
-        "=r,=r,r", [packed], dtype=gl.float16, is_pure=True, pack=4,
-    )  # fmt: skip
+def int8_numbers(packed, IN_BF16: gl.constexpr):
+    """int8 as bf16 or fp16. A byte in the low bits of fp16's 1024.0 is that much more than 1024; bf16 has room for 7
+    bits above 128.0, and an eighth makes 256 of it."""
+    if IN_BF16:
+        values = gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high, low_bias, high_bias;
+            prmt.b32 low, $2, 0x43434343, 0x4140;
+            prmt.b32 high, $2, 0x43434343, 0x4342;
+            and.b32 low_bias, low, 0xff80ff80;
+            and.b32 high_bias, high, 0xff80ff80;
+            and.b32 low, low, 0xff7fff7f;
+            and.b32 high, high, 0xff7fff7f;
+            sub.bf16x2 $0, low, low_bias;
+            sub.bf16x2 $1, high, high_bias;
+            }
+            """,
+            "=r,=r,r", [packed], dtype=gl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        values = gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 numbers, low, high, bias;
+            xor.b32 numbers, $2, 0x80808080;
+            prmt.b32 low, numbers, 0x64646464, 0x4140;
+            prmt.b32 high, numbers, 0x64646464, 0x4342;
+            mov.b32 bias, 0x64806480;
+            sub.f16x2 $0, low, bias;
+            sub.f16x2 $1, high, bias;
+            }
+            """,
+            "=r,=r,r", [packed], dtype=gl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    return values
 
 
 @gluon.jit
-def nibbles_to_bfloat(packed):
-    """Bytes of 0..15 less 8 as bf16: a byte in the low bits of 128.0 is that much more than 128."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 low, high, bias;
-        prmt.b32 low, $2, 0x43434343, 0x4140;
-        prmt.b32 high, $2, 0x43434343, 0x4342;
-        mov.b32 bias, 0x43084308;
-        sub.bf16x2 $0, low, bias;
-        sub.bf16x2 $1, high, bias;
-        }
-        """,
-        "=r,=r,r", [packed], dtype=gl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@gluon.jit
-def bytes_to_bfloat(packed):
-    """Signed bytes as bf16: 128 plus their low 7 bits, less 128, or 256 where the sign is set."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 low, high, low_bias, high_bias;
-        prmt.b32 low, $2, 0x43434343, 0x4140;
-        prmt.b32 high, $2, 0x43434343, 0x4342;
-        and.b32 low_bias, low, 0xff80ff80;
-        and.b32 high_bias, high, 0xff80ff80;
-        and.b32 low, low, 0xff7fff7f;
-        and.b32 high, high, 0xff7fff7f;
-        sub.bf16x2 $0, low, low_bias;
-        sub.bf16x2 $1, high, high_bias;
-        }
-        """,
-        "=r,=r,r", [packed], dtype=gl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
+def int4_numbers(packed, IN_BF16: gl.constexpr):
+    """Low and high halves of bytes as bf16 or fp16: added to 128.0 or 1024.0 like ``int8_numbers``, plus 8."""
+    if IN_BF16:
+        numbers = gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 even, odd, part0, part1, part2, part3, bias;
+            lop3.b32 even, $4, 0x0f0f0f0f, 0x08080808, 0x6a;
+            shr.u32 odd, $4, 4;
+            lop3.b32 odd, odd, 0x0f0f0f0f, 0x08080808, 0x6a;
+            mov.b32 bias, 0x43084308;
+            prmt.b32 part0, even, 0x43434343, 0x4140;
+            prmt.b32 part1, even, 0x43434343, 0x4342;
+            prmt.b32 part2, odd, 0x43434343, 0x4140;
+            prmt.b32 part3, odd, 0x43434343, 0x4342;
+            sub.bf16x2 $0, part0, bias;
+            sub.bf16x2 $1, part1, bias;
+            sub.bf16x2 $2, part2, bias;
+            sub.bf16x2 $3, part3, bias;
+            }
+            """,
+            "=r,=r,=r,=r,r", [packed], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        numbers = gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 even, odd, part0, part1, part2, part3, bias;
+            lop3.b32 even, $4, 0x0f0f0f0f, 0x08080808, 0x6a;
+            shr.u32 odd, $4, 4;
+            lop3.b32 odd, odd, 0x0f0f0f0f, 0x08080808, 0x6a;
+            mov.b32 bias, 0x64086408;
+            prmt.b32 part0, even, 0x64646464, 0x4140;
+            prmt.b32 part1, even, 0x64646464, 0x4342;
+            prmt.b32 part2, odd, 0x64646464, 0x4140;
+            prmt.b32 part3, odd, 0x64646464, 0x4342;
+            sub.f16x2 $0, part0, bias;
+            sub.f16x2 $1, part1, bias;
+            sub.f16x2 $2, part2, bias;
+            sub.f16x2 $3, part3, bias;
+            }
+            """,
+            "=r,=r,=r,=r,r", [packed], dtype=(gl.float16, gl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
+    return numbers
 
 
 @gluon.jit
@@ -273,22 +305,14 @@ def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexp
     numbers = stored.load(LAYOUT)
     if FORMAT == "int4":
         HALF: gl.constexpr = stored.shape[1]
-        low = (numbers & 0x0F) ^ 0x08
-        high = (numbers >> 4) ^ 0x08
-        even = nibbles_to_bfloat(low) if IN_BF16 else bytes_to_half(low, 8)
-        odd = nibbles_to_bfloat(high) if IN_BF16 else bytes_to_half(high, 8)
+        even, odd = int4_numbers(numbers, IN_BF16)
         if HAS_SCALE:
             even = (even.to(gl.float32) * scale[:, None]).to(DTYPE)
             odd = (odd.to(gl.float32) * scale[:, None]).to(DTYPE)
         tile.slice(0, HALF, dim=1).store(even)
         tile.slice(HALF, HALF, dim=1).store(odd)
     else:
-        if FORMAT == "float8":
-            values = numbers.to(DTYPE)
-        elif IN_BF16:
-            values = bytes_to_bfloat(numbers)
-        else:
-            values = bytes_to_half(numbers.to(gl.uint8, bitcast=True) ^ 0x80, 128)
+        values = numbers.to(DTYPE) if FORMAT == "float8" else int8_numbers(numbers, IN_BF16)
         if HAS_SCALE:
             values = (values.to(gl.float32) * scale[:, None]).to(DTYPE)
         tile.store(values)

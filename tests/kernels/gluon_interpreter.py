@@ -58,6 +58,12 @@ class Dtype:
         self.primitive_bitwidth = dtype.itemsize * 8
         self.element_ty = self  # of a pointer to it
 
+    def is_fp16(self) -> bool:
+        return self.torch == torch.float16
+
+    def is_bf16(self) -> bool:
+        return self.torch == torch.bfloat16
+
 
 class Pointer:
     """Element offsets into a tensor's storage."""
@@ -245,9 +251,69 @@ def atomic_add(pointer: Pointer, value: int, sem: str) -> Any:
         return old
 
 
-def inline_asm_elementwise(asm: str, constraints: str, args: list[Any], **options: Any) -> Any:
-    assert not args or asm.startswith("mov.b32"), asm
-    return Value.of(args[0]) if args else None
+def inline_asm_elementwise(asm: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
+    if pack == 1:
+        assert not args or asm.startswith("mov.b32"), asm
+        return Value.of(args[0]) if args else None
+    (packed,), results = args, dtype if isinstance(dtype, tuple) else (dtype,)
+    assert pack == packed.element_size() * 4 == 4
+    words = packed.as_subclass(Tensor).contiguous().view(torch.uint32).long()
+    outputs = run_ptx(asm, words, constraints.count("="))
+    per_result = len(outputs) // len(results)
+    values = []
+    for number, type_ in enumerate(results):
+        halves = outputs[number * per_result : (number + 1) * per_result]
+        bits = torch.stack([part for word in halves for part in (word & 0xFFFF, word >> 16)], -1)
+        values.append(Value.of(bits.to(torch.uint16).view(type_.torch).reshape(packed.shape)))
+    return tuple(values) if isinstance(dtype, tuple) else values[0]
+
+
+def _permute_bytes(a: Any, b: Any, selector: int) -> Any:
+    both = [(word >> 8 * byte) & 0xFF for word in (a, b) for byte in range(4)]
+    return sum(both[(selector >> 4 * place) & 7] << 8 * place for place in range(4))
+
+
+def _subtract_halves(a: Any, b: Any, dtype: torch.dtype) -> Any:
+    result = 0
+    for shift in (0, 16):
+        left, right = (((torch.as_tensor(word) >> shift) & 0xFFFF).to(torch.uint16).view(dtype) for word in (a, b))
+        result = result | ((left - right).view(torch.uint16).long() << shift)
+    return result
+
+
+def _combine(a: Any, b: Any, c: Any, table: int) -> Any:
+    result = 0
+    for index in (index for index in range(8) if table >> index & 1):
+        term = a if index & 4 else ~a
+        for operand, bit in ((b, 2), (c, 1)):
+            term = term & (operand if index & bit else ~operand)
+        result = result | term
+    return result & 0xFFFFFFFF
+
+
+PTX: dict[str, Any] = {
+    "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shr.u32": lambda a, b: a >> b,
+    "lop3.b32": _combine,
+    "prmt.b32": _permute_bytes,
+    "sub.f16x2": lambda a, b: _subtract_halves(a, b, torch.float16),
+    "sub.bf16x2": lambda a, b: _subtract_halves(a, b, torch.bfloat16),
+}
+
+
+def run_ptx(asm: str, words: Tensor, num_outputs: int) -> list[Tensor]:
+    """Straight-line PTX over 32-bit words; ``$number_of_outputs`` is the input."""
+    registers: dict[str, Any] = {f"${num_outputs}": words}
+    for line in asm.split(";"):
+        operation, _, rest = line.strip(" \n{}").partition(" ")
+        if operation in ("", ".reg"):
+            continue
+        target, *operands = (operand.strip() for operand in rest.split(","))
+        values = [registers[name] if name in registers else int(name, 0) for name in operands]
+        registers[target] = PTX[operation](*values)
+    return [registers[f"${number}"] for number in range(num_outputs)]
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
@@ -302,8 +368,8 @@ def init(barrier: Barrier, count: Any) -> None:
 def allocate_shared_memory(dtype: Dtype, shape: list[int], layout: Any) -> Any:
     if layout == "barrier":
         return Barrier() if len(shape) == 1 else Barriers(shape[0])
-    poison = math.nan if dtype.torch.is_floating_point else 1 << 30
-    return Shared(torch.full(shape, poison, dtype=dtype.torch))
+    poison = math.nan if dtype.torch.is_floating_point else torch.iinfo(dtype.torch).max
+    return Shared(torch.full(shape, poison).to(dtype.torch))
 
 
 def warp_specialize(partitions: list[Any], worker_num_warps: list[int], worker_num_regs: list[int]) -> None:
@@ -347,7 +413,7 @@ gluon_language = SimpleNamespace(
     inline_asm_elementwise=inline_asm_elementwise,
     allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize,
-    program_id=lambda axis: thread.block.program,
+    program_id=lambda axis: Value.of(thread.block.program),
     num_warps=lambda: 4,
     arange=lambda start, end, layout=None: Value.of(torch.arange(start, end)),
     full=lambda shape, value, dtype, layout=None: _filled(value, shape, dtype),

@@ -8,17 +8,23 @@ from typing import Any
 import pytest
 import torch
 
+from pagedattn.kernels import hopper_decode
+from pagedattn.kernels.options import AttentionOptions
+from pagedattn.kernels.plan_reference import plan_attention
 from pagedattn.kernels.tiling import (
     HOPPER_HALF_SHARED_MEMORY,
+    ITEM_FIELDS,
     AttentionTiling,
     CacheRows,
     HopperDecodeLaunch,
     choose_hopper_decode,
     choose_tiling,
 )
-from tests.device import DEVICE, IS_CUDA
+from tests.device import DEVICE, INTERPRETED, IS_CUDA
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case, cache_layout
+from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher
+from tests.kernels.oracle import AttentionCase
 from tests.kernels.test_attention import attend, plan_for
 
 IS_HOPPER = IS_CUDA and torch.cuda.get_device_capability()[0] == 9
@@ -83,7 +89,7 @@ def test_launch_fits() -> None:
                 if launch is None:
                     continue
                 stage = 2 * launch.block_n * head_size * itemsize
-                half = launch.block_n * head_size * 2 if itemsize < 2 else 0
+                half = 2 * launch.block_n * head_size * 2 if itemsize < 2 else 0
                 fixed = launch.columns * (head_size + launch.block_n) * 2
                 assert launch.stages * stage + half + fixed + 2048 <= HOPPER_HALF_SHARED_MEMORY
                 assert launch.stages >= 2
@@ -92,18 +98,14 @@ def test_launch_fits() -> None:
 FORMATS = (None, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not IS_HOPPER, reason="the kernel is for compute capability 9")
-@pytest.mark.parametrize("number", range(120))
-def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pagedattn.kernels import attention
-
+def draw_case(number: int, small: bool = False) -> AttentionCase:
     draw = random.Random(number)
     cache_dtype = FORMATS[number % len(FORMATS)]
     head_size = draw.choice([128, 256] if cache_dtype == torch.uint8 else [64, 128, 128, 256])
     group, num_kv_heads, max_query_len = draw.choice([(1, 3, 1), (4, 2, 1), (7, 1, 1), (8, 2, 4), (3, 2, 5), (4, 8, 2)])
-    sequences = draw.choice([1, 3, 40])
-    seq_lens = [draw.choice([0, 1, 9, 63, 64, 65, 300, 1000, 5000]) for _ in range(sequences)]
+    sequences = draw.choice([1, 3, 5] if small else [1, 3, 40])
+    lengths = [0, 1, 9, 63, 64, 65, 300, 1000, 5000]
+    seq_lens = [draw.choice(lengths[:8] if small else lengths) for _ in range(sequences)]
     query_lens = [draw.randint(0, max_query_len) for _ in seq_lens]
     query_lens[0] = max_query_len
     options: dict[str, object] = {}
@@ -120,7 +122,7 @@ def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         options["sinks"] = torch.randn(group * num_kv_heads, generator=generator)
     if draw.random() < 0.2:
         options["alibi_slopes"] = torch.rand(group * num_kv_heads, generator=generator) * 0.3
-    case = build_case(
+    return build_case(
         generator=generator,
         dtype=draw.choice([torch.bfloat16, torch.float16]),
         num_heads=group * num_kv_heads,
@@ -135,7 +137,70 @@ def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         padding_rows=draw.choice([0, 0, 3, 50]),
         magnitude=draw.choice([0.1, 1, 4]),
         **options,
-    ).to(DEVICE)
+    ).to(torch.device("cpu") if small else DEVICE)
+
+
+def attend_interpreted(case: AttentionCase, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's output and log-sum-exp, on the interpreter."""
+    num_tokens, num_heads, head_size = case.query.shape
+    options = dict(case.options)
+    made = choose_tiling(
+        num_heads=num_heads,
+        num_kv_heads=case.key_cache.shape[2],
+        head_size=head_size,
+        head_size_v=head_size,
+        max_query_len=case.max_query_len,
+        max_seq_len=case.block_table.shape[1] * case.key_cache.shape[1],
+        num_seqs=case.seq_lens.shape[0],
+        multiprocessors=workers,
+    )
+    rows = [
+        CacheRows.of(cache.shape, cache.stride(), cache.element_size()) for cache in (case.key_cache, case.value_cache)
+    ]
+    launch = choose(
+        made, head_size, block_size=case.key_cache.shape[1], key_rows=rows[0], value_rows=rows[1],
+        cache_itemsize=0.5 if case.key_cache.dtype == torch.uint8 else case.key_cache.element_size(),
+    )  # fmt: skip
+    assert launch is not None
+    items = torch.full((made.max_items, ITEM_FIELDS), -7, dtype=torch.int32)
+    counts = torch.full((made.num_counts,), -7, dtype=torch.int32)
+    plan_attention(
+        case.seq_lens, case.query_start_loc, items, counts, tiling=made, sliding_window=options.get("sliding_window")
+    )
+    out = torch.full_like(case.query, torch.nan)
+    lse = torch.full((num_tokens, num_heads), torch.nan)
+    options.setdefault("scale", head_size**-0.5)
+    chosen = AttentionOptions(**options)
+    prepared = hopper_decode.PreparedHopperDecode(
+        case.query, case.key_cache, case.block_table, made, launch, chosen, out, lse
+    )
+    partials = torch.full((made.max_slots * made.head_tiles * made.slot_rows * (head_size + 1),), torch.nan)
+    prepared(
+        case.query, case.key_cache, case.value_cache, case.block_table, (items, counts), chosen.alibi_slopes,
+        chosen.sinks, chosen.k_scale, chosen.v_scale, partials, out, lse,
+    )  # fmt: skip
+    assert not counts[4:].any()
+    return out, lse
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter replaces the jit functions")
+# 40, 58 and 258: parts of a sequence that lie outside of the attention chunk
+@pytest.mark.parametrize("number", [40, 58, 258, *range(1000, 1020)])
+def test_drawn_on_a_cpu(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_decode, "describe", Descriptor)
+    launcher = InterpretedLauncher(hopper_decode.hopper_decode_kernel)
+    monkeypatch.setattr(hopper_decode, "launch_hopper_decode", launcher)
+    case = draw_case(number, small=True)
+    assert_within_budget(case, *attend_interpreted(case, workers=3 if number % 2 else 20))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_HOPPER, reason="the kernel is for compute capability 9")
+@pytest.mark.parametrize("number", range(120))
+def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedattn.kernels import attention
+
+    case = draw_case(number)
     served: list[object] = []
     prepare = attention.prepare_hopper
 
