@@ -274,7 +274,7 @@ def _permute_bytes(a: Any, b: Any, selector: int) -> Any:
 
 
 def _subtract_halves(a: Any, b: Any, dtype: torch.dtype) -> Any:
-    result = 0
+    result: Any = 0
     for shift in (0, 16):
         left, right = (((torch.as_tensor(word) >> shift) & 0xFFFF).to(torch.uint16).view(dtype) for word in (a, b))
         result = result | ((left - right).view(torch.uint16).long() << shift)
@@ -282,7 +282,7 @@ def _subtract_halves(a: Any, b: Any, dtype: torch.dtype) -> Any:
 
 
 def _combine(a: Any, b: Any, c: Any, table: int) -> Any:
-    result = 0
+    result: Any = 0
     for index in (index for index in range(8) if table >> index & 1):
         term = a if index & 4 else ~a
         for operand, bit in ((b, 2), (c, 1)):
