@@ -7,6 +7,7 @@ they are, on the device. All work is on one stream, so a block that one step fre
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import PendingLogprobs, SamplingTensors, TokenLogprobs, sample_again
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
+
+logger = logging.getLogger(__name__)
 
 MAX_RUNNING_STEPS = 2
 REHEARSED_LENGTHS = (1, 8, 32, 1 << 30)  # of prompts, as far as the sizes allow
@@ -142,7 +145,8 @@ class ModelRunner:
     def warm_up(self, max_num_batched_tokens: int, *, use_graphs: bool) -> None:
         """Compile what steps need, before there are any, and capture the decodes if they are to be graphs.
 
-        What the cache holds is overwritten. Where the ops check values (which reads them back) there are no graphs.
+        What the cache holds is overwritten. Where the ops check values (which reads them back) there are no graphs, and
+        a decoder that can not be captured is served without, with a warning.
         """
         max_num_seqs, longest = self.state.max_num_seqs, max(1, self._max_model_len - 1)
         # What is compiled depends on powers of two: of the sequences, and of the rows of a tile of queries.
@@ -155,8 +159,17 @@ class ModelRunner:
                 self.rehearse(num_seqs, num_tokens)
         self.state.reset()
         if use_graphs and not ops.CHECK_VALUES:
-            self._graphs = DecodeGraphs(self._decode, decode_batch_sizes(max_num_seqs), self._device)
+            try:
+                self._graphs = DecodeGraphs(self._decode, decode_batch_sizes(max_num_seqs), self._device)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what CUDA says of work that a graph can not hold
+                logger.warning("decodes are launched kernel by kernel, as they can not be captured: %s", error)
             self.state.reset()
+
+    @property
+    def has_graphs(self) -> bool:
+        return self._graphs is not None
 
     def _compute(self, staged: StagedStep) -> tuple[Tensor, Tensor, SamplingTensors]:
         """Logits, samples, and what these were drawn by."""

@@ -81,6 +81,21 @@ def test_a_padded_decode_gives_the_same_tokens(
     assert len(set(graphs.replayed)) > 2
 
 
+def test_what_can_not_be_captured_is_served_without(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    expected = answers(make_llm(model, enforce_eager=True), temperature=0.0)
+    monkeypatch.setattr(model_runner, "DecodeGraphs", refuse)
+    llm = make_llm(model, enforce_eager=True)
+    llm.engine.runner.warm_up(64, use_graphs=True)
+    assert "not permitted" in caplog.text
+    assert not llm.engine.runner.has_graphs
+    assert_same(answers(llm, temperature=0.0), expected)
+
+
 def test_sizes_are_few_and_end_with_the_largest() -> None:
     assert decode_batch_sizes(1) == [1]
     assert decode_batch_sizes(3) == [1, 2, 3]
@@ -123,4 +138,5 @@ def test_graphs_and_overlap_change_no_token(model: LoadedModel, params: dict[str
     expected = answers(make_llm(model, enforce_eager=True, async_scheduling=False), **params)
     for enforce_eager, async_scheduling in ((False, False), (False, True), (True, True)):
         llm = make_llm(model, enforce_eager=enforce_eager, async_scheduling=async_scheduling)
+        assert llm.engine.runner.has_graphs != enforce_eager
         assert_same(answers(llm, **params), expected)
