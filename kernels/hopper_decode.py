@@ -211,110 +211,65 @@ def add_sink(lse, sink):
 
 
 @gluon.jit
-def int8_numbers(packed, IN_BF16: gl.constexpr):
-    """int8 as bf16 or fp16. A byte in the low bits of fp16's 1024.0 is that much more than 1024; bf16 has room for 7
-    bits above 128.0, and an eighth makes 256 of it."""
-    if IN_BF16:
-        values = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high, low_bias, high_bias;
-            prmt.b32 low, $2, 0x43434343, 0x4140;
-            prmt.b32 high, $2, 0x43434343, 0x4342;
-            and.b32 low_bias, low, 0xff80ff80;
-            and.b32 high_bias, high, 0xff80ff80;
-            and.b32 low, low, 0xff7fff7f;
-            and.b32 high, high, 0xff7fff7f;
-            sub.bf16x2 $0, low, low_bias;
-            sub.bf16x2 $1, high, high_bias;
-            }
-            """,
-            "=r,=r,r", [packed], dtype=gl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        values = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 numbers, low, high, bias;
-            xor.b32 numbers, $2, 0x80808080;
-            prmt.b32 low, numbers, 0x64646464, 0x4140;
-            prmt.b32 high, numbers, 0x64646464, 0x4342;
-            mov.b32 bias, 0x64806480;
-            sub.f16x2 $0, low, bias;
-            sub.f16x2 $1, high, bias;
-            }
-            """,
-            "=r,=r,r", [packed], dtype=gl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-    return values
+def int8_numbers(packed):
+    """int8 as fp16: a byte in the low bits of 1024.0 is that much more than 1024."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 numbers, low, high, bias;
+        xor.b32 numbers, $2, 0x80808080;
+        prmt.b32 low, numbers, 0x64646464, 0x4140;
+        prmt.b32 high, numbers, 0x64646464, 0x4342;
+        mov.b32 bias, 0x64806480;
+        sub.f16x2 $0, low, bias;
+        sub.f16x2 $1, high, bias;
+        }
+        """,
+        "=r,=r,r", [packed], dtype=gl.float16, is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @gluon.jit
-def int4_numbers(packed, IN_BF16: gl.constexpr):
-    """Low and high halves of bytes as bf16 or fp16: added to 128.0 or 1024.0 like ``int8_numbers``, plus 8."""
-    if IN_BF16:
-        numbers = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 even, odd, part0, part1, part2, part3, bias;
-            lop3.b32 even, $4, 0x0f0f0f0f, 0x08080808, 0x6a;
-            shr.u32 odd, $4, 4;
-            lop3.b32 odd, odd, 0x0f0f0f0f, 0x08080808, 0x6a;
-            mov.b32 bias, 0x43084308;
-            prmt.b32 part0, even, 0x43434343, 0x4140;
-            prmt.b32 part1, even, 0x43434343, 0x4342;
-            prmt.b32 part2, odd, 0x43434343, 0x4140;
-            prmt.b32 part3, odd, 0x43434343, 0x4342;
-            sub.bf16x2 $0, part0, bias;
-            sub.bf16x2 $1, part1, bias;
-            sub.bf16x2 $2, part2, bias;
-            sub.bf16x2 $3, part3, bias;
-            }
-            """,
-            "=r,=r,=r,=r,r", [packed], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        numbers = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 even, odd, part0, part1, part2, part3, bias;
-            lop3.b32 even, $4, 0x0f0f0f0f, 0x08080808, 0x6a;
-            shr.u32 odd, $4, 4;
-            lop3.b32 odd, odd, 0x0f0f0f0f, 0x08080808, 0x6a;
-            mov.b32 bias, 0x64086408;
-            prmt.b32 part0, even, 0x64646464, 0x4140;
-            prmt.b32 part1, even, 0x64646464, 0x4342;
-            prmt.b32 part2, odd, 0x64646464, 0x4140;
-            prmt.b32 part3, odd, 0x64646464, 0x4342;
-            sub.f16x2 $0, part0, bias;
-            sub.f16x2 $1, part1, bias;
-            sub.f16x2 $2, part2, bias;
-            sub.f16x2 $3, part3, bias;
-            }
-            """,
-            "=r,=r,=r,=r,r", [packed], dtype=(gl.float16, gl.float16), is_pure=True, pack=4,
-        )  # fmt: skip
-    return numbers
+def int4_numbers(packed):
+    """Low and high halves of bytes as fp16: added to 1024.0 like ``int8_numbers``, plus 8."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 even, odd, part0, part1, part2, part3, bias;
+        lop3.b32 even, $4, 0x0f0f0f0f, 0x08080808, 0x6a;
+        shr.u32 odd, $4, 4;
+        lop3.b32 odd, odd, 0x0f0f0f0f, 0x08080808, 0x6a;
+        mov.b32 bias, 0x64086408;
+        prmt.b32 part0, even, 0x64646464, 0x4140;
+        prmt.b32 part1, even, 0x64646464, 0x4342;
+        prmt.b32 part2, odd, 0x64646464, 0x4140;
+        prmt.b32 part3, odd, 0x64646464, 0x4342;
+        sub.f16x2 $0, part0, bias;
+        sub.f16x2 $1, part1, bias;
+        sub.f16x2 $2, part2, bias;
+        sub.f16x2 $3, part3, bias;
+        }
+        """,
+        "=r,=r,=r,=r,r", [packed], dtype=(gl.float16, gl.float16), is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @gluon.jit
 def dequantize(stored, tile, scale, FORMAT: gl.constexpr, HAS_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Write a stored tile [BLOCK_N, D] (int4: [BLOCK_N, D / 2]) in a half type, times scale [BLOCK_N] if it has one."""
-    DTYPE: gl.constexpr = tile.dtype
-    IN_BF16: gl.constexpr = DTYPE.is_bf16()
+    """Write a stored tile [BLOCK_N, D] (int4: [BLOCK_N, D / 2]) as fp16, times scale [BLOCK_N] if it has one."""
     numbers = stored.load(LAYOUT)
     if FORMAT == "int4":
         HALF: gl.constexpr = stored.shape[1]
-        even, odd = int4_numbers(numbers, IN_BF16)
+        even, odd = int4_numbers(numbers)
         if HAS_SCALE:
-            even = (even.to(gl.float32) * scale[:, None]).to(DTYPE)
-            odd = (odd.to(gl.float32) * scale[:, None]).to(DTYPE)
+            even = (even.to(gl.float32) * scale[:, None]).to(gl.float16)
+            odd = (odd.to(gl.float32) * scale[:, None]).to(gl.float16)
         tile.slice(0, HALF, dim=1).store(even)
         tile.slice(HALF, HALF, dim=1).store(odd)
     else:
-        values = numbers.to(DTYPE) if FORMAT == "float8" else int8_numbers(numbers, IN_BF16)
+        values = numbers.to(gl.float16) if FORMAT == "float8" else int8_numbers(numbers)
         if HAS_SCALE:
-            values = (values.to(gl.float32) * scale[:, None]).to(DTYPE)
+            values = (values.to(gl.float32) * scale[:, None]).to(gl.float16)
         tile.store(values)
 
 
@@ -428,8 +383,6 @@ def consume(
     STORED_ROW: gl.constexpr = gl.SliceLayout(1, STORED)
     DTYPE: gl.constexpr = query_tile.dtype
     IS_QUANTIZED: gl.constexpr = FORMAT != "same"
-    # fp16 has no room for the products of probabilities and scales, bf16 has.
-    SCALES_VALUES: gl.constexpr = V_SCALE == 3 and DTYPE.is_fp16()
     shared_scale = load_shared_scale(k_scale_ptr, kv_head, K_SCALE)
     result_scale = load_shared_scale(v_scale_ptr, kv_head, V_SCALE)
     column = gl.arange(0, COLUMNS, COLUMN)
@@ -466,7 +419,7 @@ def consume(
             mask=(copy_in_tile & (copy_query < queries))[:, None], other=0.0,
         )  # fmt: skip
         column_scale = gl.full([COLUMNS], logit_scale * shared_scale, gl.float32, COLUMN)
-        if IS_QUANTIZED and DTYPE.is_fp16():
+        if IS_QUANTIZED:
             query = query.to(gl.float32)
             largest = gl.max(gl.abs(query), 1)
             power = gl.exp2(gl.floor(gl.log2(gl.where(largest > 0.0, largest, 1.0))))
@@ -515,7 +468,7 @@ def consume(
                 # Each product runs while the other operand's next tile is dequantized.
                 logits_token = warpgroup_mma(key_tile, query_tile.permute((1, 0)), logits, use_acc=False, is_async=True)
                 mbarrier.wait(values_full.index(stage), phase)
-                if SCALES_VALUES:
+                if V_SCALE == 3:  # not into the probabilities: with few keys in sight their rounding would show
                     stored_scale = gl.convert_layout(value_scale, STORED_ROW)
                     dequantize(values.index(stage), value_tile, stored_scale, FORMAT, True, STORED)
                 else:
@@ -548,8 +501,6 @@ def consume(
             weights = weights * correction[None, :] + probabilities
             accumulator *= correction[None, :]
             maximum = new_maximum
-            if V_SCALE == 3 and not SCALES_VALUES:  # what is not seen may have any scale
-                probabilities = gl.where(probabilities > 0.0, probabilities * value_scale[:, None], 0.0)
             probability_tile.store(gl.permute(probabilities.to(DTYPE), (1, 0)))
             fence_async_shared()
             synchronize()
@@ -732,9 +683,7 @@ def hopper_decode_kernel(
     TILES_PER_KV_HEAD: gl.constexpr = (GROUP + HEADS - 1) // HEADS
     STORED_TYPE: gl.constexpr = key_descriptor.dtype
     STORED_DIM: gl.constexpr = HEAD_DIM // 2 if FORMAT == "int4" else HEAD_DIM
-    # Values whose scales join the probabilities need the range of the queries' type.
-    KEEPS_TYPE: gl.constexpr = FORMAT == "same" or V_SCALE == 3
-    DTYPE: gl.constexpr = query_ptr.dtype.element_ty if KEEPS_TYPE else gl.float16
+    DTYPE: gl.constexpr = query_ptr.dtype.element_ty if FORMAT == "same" else gl.float16
     num_head_tiles = num_kv_heads * TILES_PER_KV_HEAD
     head_tile = gl.program_id(0) % num_head_tiles
     worker = gl.program_id(0) // num_head_tiles

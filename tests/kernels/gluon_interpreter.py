@@ -58,12 +58,6 @@ class Dtype:
         self.primitive_bitwidth = dtype.itemsize * 8
         self.element_ty = self  # of a pointer to it
 
-    def is_fp16(self) -> bool:
-        return self.torch == torch.float16
-
-    def is_bf16(self) -> bool:
-        return self.torch == torch.bfloat16
-
 
 class Pointer:
     """Element offsets into a tensor's storage."""
@@ -293,13 +287,11 @@ def _combine(a: Any, b: Any, c: Any, table: int) -> Any:
 
 PTX: dict[str, Any] = {
     "mov.b32": lambda a: a,
-    "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shr.u32": lambda a, b: a >> b,
     "lop3.b32": _combine,
     "prmt.b32": _permute_bytes,
     "sub.f16x2": lambda a, b: _subtract_halves(a, b, torch.float16),
-    "sub.bf16x2": lambda a, b: _subtract_halves(a, b, torch.bfloat16),
 }
 
 
