@@ -33,7 +33,6 @@ from pagedattn.kernels.tiling import (
     COARSE_FROM,
     FINE_CHUNK,
     ITEM_FIELDS,
-    LOG2E,
     AttentionTiling,
     CacheRows,
     choose_hopper_decode,
@@ -855,7 +854,7 @@ class PreparedAttention:
             programs += num_tokens // tiling.queries_per_tile + 1
         partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
         self._partial_elements = partial_rows * (head_size_v + 1)
-        tree_mask, softcap, scale = options.tree_mask, options.softcap, options.scale
+        tree_mask = options.tree_mask
         strides = (
             *out.stride()[:2], *query.stride()[:2],
             *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0),
@@ -871,7 +870,7 @@ class PreparedAttention:
             scale_mode(options.q_scale), scale_mode(options.k_scale), scale_mode(options.v_scale),
             key_cache.shape[1], tiling.rows, tiling.queries_per_tile, launch.block_n,
             options.causal and tree_mask is None, options.sliding_window is not None,
-            options.attention_chunk is not None, softcap is not None, options.alibi_slopes is not None,
+            options.attention_chunk is not None, options.softcap is not None, options.alibi_slopes is not None,
             options.sinks is not None, tree_mask is not None,
             tiling.batch_invariant, tiling.workers > 0, lse is not None, ITEM_FIELDS,
             FINE_CHUNK, COARSE_CHUNK, COARSE_FROM,
@@ -882,10 +881,7 @@ class PreparedAttention:
             device,
             (
                 partial_rows * head_size_v,
-                scale * LOG2E if softcap is None else scale / softcap,
-                0.0 if softcap is None else softcap * LOG2E,
-                options.sliding_window or 0,
-                options.attention_chunk or 0,
+                *options.numbers,
                 num_tokens,
                 programs,
                 num_kv_heads,

@@ -42,7 +42,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from pagedattn.kernels.launcher import Descriptors, Launcher, specialized
 from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.quantization import scale_mode, token_strides
-from pagedattn.kernels.tiling import ITEM_FIELDS, LOG2E, AttentionTiling, CacheRows, HopperDecodeLaunch
+from pagedattn.kernels.tiling import ITEM_FIELDS, AttentionTiling, CacheRows, HopperDecodeLaunch
 
 LANES = gl.constexpr(32)
 # Names of Triton 3.6 that later versions have changed.
@@ -779,7 +779,6 @@ class PreparedHopperDecode:
         partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
         key_rows, value_rows = hopper.key_rows, hopper.value_rows
         self._descriptors = CacheDescriptors(key_rows, value_rows, hopper.page)
-        softcap = options.softcap
         strides = (
             *out.stride()[:2], *query.stride()[:2], block_table.stride(0),
             key_rows.block_rows, key_rows.head_rows, key_rows.head_columns,
@@ -792,7 +791,7 @@ class PreparedHopperDecode:
             key_cache.shape[1], hopper.page, hopper.block_n, hopper.slots, hopper.slot_rows, hopper.stages,
             key_rows.block_rows == value_rows.block_rows,
             options.causal, options.sliding_window is not None, options.attention_chunk is not None,
-            softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
+            options.softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
             FORMATS.get(key_cache.dtype, "same"), scale_mode(options.k_scale), scale_mode(options.v_scale), ITEM_FIELDS,
         )  # fmt: skip
         compiler_options: dict[str, Any] = {} if hopper.max_registers is None else {"maxnreg": hopper.max_registers}
@@ -802,10 +801,7 @@ class PreparedHopperDecode:
             query.device,
             (
                 partial_rows * head_size,
-                options.scale * LOG2E if softcap is None else options.scale / softcap,
-                0.0 if softcap is None else softcap * LOG2E,
-                options.sliding_window or 0,
-                options.attention_chunk or 0,
+                *options.numbers,
                 num_tokens,
                 tiling.workers,
                 num_kv_heads,

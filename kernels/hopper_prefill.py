@@ -50,7 +50,7 @@ from pagedattn.kernels.hopper_decode import (
 )
 from pagedattn.kernels.launcher import Launcher, specialized
 from pagedattn.kernels.options import AttentionOptions
-from pagedattn.kernels.tiling import ITEM_FIELDS, LOG2E, AttentionTiling, HopperPrefillLaunch
+from pagedattn.kernels.tiling import ITEM_FIELDS, AttentionTiling, HopperPrefillLaunch
 
 # Names of Triton 3.6 that later versions have changed.
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -741,7 +741,6 @@ class PreparedHopperPrefill:
         partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
         key_rows, value_rows = hopper.key_rows, hopper.value_rows
         self._descriptors = CacheDescriptors(key_rows, value_rows, hopper.page)
-        softcap = options.softcap
         strides = (
             *out.stride()[:2], *query.stride()[:2], block_table.stride(0),
             key_rows.block_rows, key_rows.head_rows, key_rows.head_columns,
@@ -752,7 +751,7 @@ class PreparedHopperPrefill:
             key_cache.shape[1], hopper.page, hopper.block_n, hopper.stages,
             key_rows.block_rows == value_rows.block_rows,
             options.causal, options.sliding_window is not None, options.attention_chunk is not None,
-            softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
+            options.softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
             ITEM_FIELDS,
         )  # fmt: skip
         self._launch = launch_hopper_prefill.prepare(
@@ -761,10 +760,7 @@ class PreparedHopperPrefill:
             query.device,
             (
                 partial_rows * head_size,
-                options.scale * LOG2E if softcap is None else options.scale / softcap,
-                0.0 if softcap is None else softcap * LOG2E,
-                options.sliding_window or 0,
-                options.attention_chunk or 0,
+                *options.numbers,
                 num_tokens,
                 hopper.workers,
                 num_kv_heads,

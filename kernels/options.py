@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pagedattn.kernels.tiling import LOG2E
+
 
 @dataclass(frozen=True)
 class AttentionOptions:
@@ -22,3 +24,12 @@ class AttentionOptions:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     tree_mask: Tensor | None = None
+
+    @property
+    def numbers(self) -> tuple[float, float, int, int]:
+        """What every kernel is given: factors that bring logits to powers of two, before and after a softcap's tanh;
+        window and chunk, 0 where there is none."""
+        window, chunk = self.sliding_window or 0, self.attention_chunk or 0
+        if self.softcap is None:
+            return self.scale * LOG2E, 0.0, window, chunk
+        return self.scale / self.softcap, self.softcap * LOG2E, window, chunk

@@ -272,6 +272,24 @@ def draw_case(variant: Variant, seed: int) -> AttentionCase:
     return case
 
 
+def draw_features(draw: random.Random, generator: torch.Generator, num_heads: int) -> dict[str, object]:
+    """Options of a call that the kernels for Hopper serve, each with a chance of its own."""
+    options: dict[str, object] = {}
+    if draw.random() < 0.3:
+        options["causal"] = False
+    if draw.random() < 0.4:
+        options["sliding_window"] = draw.choice([1, 5, 64, 129, 700])
+    if draw.random() < 0.2:
+        options["attention_chunk"] = draw.choice([10, 64, 300])
+    if draw.random() < 0.3:
+        options["softcap"] = draw.choice([5.0, 50.0])
+    if draw.random() < 0.3:
+        options["sinks"] = torch.randn(num_heads, generator=generator)
+    if draw.random() < 0.2:
+        options["alibi_slopes"] = torch.rand(num_heads, generator=generator) * 0.3
+    return options
+
+
 def describe(variant: Variant) -> str:
     return " ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in variant.items())
 

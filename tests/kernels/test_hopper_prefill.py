@@ -22,7 +22,7 @@ from pagedattn.kernels.tiling import (
 )
 from tests.device import DEVICE, INTERPRETED
 from tests.kernels.budget import assert_within_budget
-from tests.kernels.cases import build_case
+from tests.kernels.cases import build_case, draw_features
 from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher
 from tests.kernels.oracle import AttentionCase
 from tests.kernels.test_attention import attend, plan_for
@@ -79,20 +79,8 @@ def draw_case(number: int, small: bool = False) -> AttentionCase:
     longest = draw.choice([130, 200, 400] if small else [130, 200, 700])
     query_lens = [draw.choice([0, 1, 1, 5, min(longest, length), draw.randint(0, longest)]) for length in seq_lens]
     query_lens[0] = longest
-    options: dict[str, object] = {}
-    if draw.random() < 0.3:
-        options["causal"] = False
-    if draw.random() < 0.4:
-        options["sliding_window"] = draw.choice([1, 5, 64, 129, 700])
-    if draw.random() < 0.2:
-        options["attention_chunk"] = draw.choice([10, 64, 300])
-    if draw.random() < 0.3:
-        options["softcap"] = draw.choice([5.0, 50.0])
     generator = torch.Generator().manual_seed(number)
-    if draw.random() < 0.3:
-        options["sinks"] = torch.randn(group * num_kv_heads, generator=generator)
-    if draw.random() < 0.2:
-        options["alibi_slopes"] = torch.rand(group * num_kv_heads, generator=generator) * 0.3
+    options = draw_features(draw, generator, group * num_kv_heads)
     return build_case(
         generator=generator,
         dtype=draw.choice([torch.bfloat16, torch.float16]),
