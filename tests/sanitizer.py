@@ -1,16 +1,21 @@
 """Run kernel tests under compute-sanitizer, and show that each of its tools catches a planted fault.
 
-    python -m tests.sanitizer [memcheck] [racecheck] [initcheck]
+    python -m tests.sanitizer [memcheck] [racecheck] [initcheck] [--processes N]
 
-Without arguments: all three. A subset of the kernel tests that launches every kernel in each of its forms. torch's
-allocator hands out slices of large blocks, which hides accesses out of bounds, so its caching is turned off.
+Without names: all three. A subset of the kernel tests that launches every kernel in each of its forms. torch's
+allocator hands out slices of large blocks, which hides accesses out of bounds, so its caching is turned off. The tests
+are dealt out to processes, each under a sanitizer of its own, as most of the time goes into compiling and launching.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 FAULTS = {"memcheck": "bounds", "racecheck": "race", "initcheck": "uninitialized"}
 CAUGHT = 9
@@ -26,27 +31,66 @@ SUBSET = (
     "tests/kernels/test_plan.py::test_op_writes_what_the_reference_writes",
     "tests/kernels/test_attention.py::test_long_sequence_among_short_ones_is_split",
     *(f"tests/kernels/test_attention.py::test_drawn_configurations[{number}]" for number in range(24)),
+    *(f"tests/kernels/test_hopper_decode.py::test_drawn_on_hopper[{number}]" for number in range(12)),
+    *(f"tests/kernels/test_hopper_prefill.py::test_drawn_on_hopper[{number}]" for number in range(8)),
+    "tests/kernels/test_layers.py::test_norm",
+    "tests/kernels/test_layers.py::test_add_and_norm",
+    "tests/kernels/test_layers.py::test_query_key_norm",
+    "tests/kernels/test_layers.py::test_gated_activation",
+    "tests/kernels/test_layers.py::test_norm_and_product",
+    "tests/kernels/test_layers.py::test_product_added_to_the_residual",
+    "tests/kernels/test_sampling.py::test_tokens_equal_the_references",
+    "tests/kernels/test_batch_state.py::test_words_are_updated",
+    "tests/kernels/test_batch_state.py::test_rows_are_moved_whole",
+    "tests/kernels/test_batch_state.py::test_inputs_of_a_decode",
+    "tests/kernels/test_batch_state.py::test_inputs_of_any_mixture",
+    "tests/kernels/test_batch_state.py::test_accepted_tokens_are_the_last",
 )
+PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short")
 
 
-def run(tool: str, *module: str) -> int:
+def run(tool: str, module: Sequence[str]) -> int:
+    """The exit code of a module's run under a tool: ``CAUGHT`` where that found something. Prints what it said."""
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", str(CAUGHT), sys.executable, "-m", *module)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PAGEDATTN_DRAWS": "1"}
-    print("$ PYTORCH_NO_CUDA_MEMORY_CACHING=1", *command[:9], flush=True)
-    return subprocess.run(command, env=environment, check=False).returncode
+    done = subprocess.run(command, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = done.stdout.decode(errors="replace").splitlines()
+    shown = [*lines[:60], "...", *lines[-8:]] if done.returncode else lines[-1:]
+    print(f"$ {' '.join(command[:9])} ...", *shown, sep="\n", flush=True)
+    return done.returncode
 
 
-def main(tools: list[str]) -> int:
-    outcomes = []
-    for tool in tools or FAULTS:
-        clean = run(tool, "pytest", "-q", "-p", "no:cacheprovider", *SUBSET)
-        planted = run(tool, "tests.planted_fault", FAULTS[tool])
-        outcomes.append(clean == 0 and planted == CAUGHT)
+def collect() -> list[str]:
+    """The subset's tests, one by one. Raises CalledProcessError when there are none."""
+    command = (sys.executable, "-m", *PYTEST, "--collect-only", *SUBSET)
+    listed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [line for line in listed.splitlines() if "::" in line]
+
+
+def main(tools: Sequence[str], num_processes: int) -> int:
+    tests = collect()
+    num_parts = max(1, num_processes // len(tools))
+    parts = [(*PYTEST, *tests[first::num_parts]) for first in range(num_parts)]
+    with ThreadPoolExecutor(num_processes) as pool:
+        clean = {tool: [pool.submit(partial(run, tool, part)) for part in parts] for tool in tools}
+        planted = {tool: pool.submit(partial(run, tool, ("tests.planted_fault", FAULTS[tool]))) for tool in tools}
+    is_good = True
+    for tool in tools:
+        codes, caught = [future.result() for future in clean[tool]], planted[tool].result()
+        is_good = is_good and not any(codes) and caught == CAUGHT
         print(
-            f"{tool}: kernel tests exit {clean} (0: clean); planted fault exit {planted} ({CAUGHT}: caught)", flush=True
+            f"{tool}: {len(tests)} kernel tests, exit codes {codes} (0: clean); "
+            f"planted fault exit {caught} ({CAUGHT}: caught)",
+            flush=True,
         )
-    return 0 if all(outcomes) else 1
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("tools", nargs="*", metavar="tool", help=f"of {', '.join(FAULTS)}; all when none is named")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time, of all tools together")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.tools) - set(FAULTS):
+        parser.error(f"unknown tool {', '.join(sorted(unknown))}")
+    raise SystemExit(main(arguments.tools or list(FAULTS), arguments.processes))
