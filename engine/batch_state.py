@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +23,22 @@ from torch import Tensor
 from pagedattn import batch_ops
 from pagedattn.batch_ops import NUM_FIELDS, Field, StepInputs
 from pagedattn.engine.batch import BatchTensors
-from pagedattn.engine.device_copies import Upload
+from pagedattn.engine.device_copies import ALIGNMENT, Upload
 from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import MAX_TOP_K, SamplingTensors
 from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
+
+WordsT = TypeVar("WordsT", np.ndarray, Tensor)
+
+
+class Mixture(NamedTuple):
+    """What a step that is no decode says on the device: int32, as ``batch_ops.prepare_inputs`` takes it."""
+
+    query_start_loc: Tensor  # [B + 1]
+    sample_rows: Tensor  # [L]
+    logits_indices: Tensor  # [L], into the tokens
+    token_ids: Tensor  # [T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +46,21 @@ class StagedStep:
     """A plan whose changes are on their way to the device.
 
     ``num_rows`` rows have the step's sequences. ``sample_indices``: for each request that gets a token, in the plan's
-    order, the number of its sample. ``is_decode``: each row has one token or sits the step out, sample l is row l's.
+    order, the number of its sample. ``mixture`` is None in a decode: each row has one token or sits the step out, and
+    sample l is row l's. ``padded_size``: the tokens of a mixture, where these are one of ``pad_mixtures``'s sizes.
     """
 
     num_rows: int
     sample_indices: Sequence[int]
     max_query_len: int
     max_seq_len: int
-    is_decode: bool
-    query_start_loc: Tensor  # int32 [num_rows + 1]
-    token_ids: Tensor | None = None  # as ``batch_ops.prepare_inputs`` takes them; None for a decode
-    sample_rows: Tensor | None = None
-    logits_indices: Tensor | None = None
+    mixture: Mixture | None = None
+    padded_size: int | None = None
+
+    @property
+    def sample_rows(self) -> Tensor | None:
+        """The row of each sample; None where it is the sample's own number."""
+        return None if self.mixture is None else self.mixture.sample_rows
 
 
 class BatchState:
@@ -80,6 +95,7 @@ class BatchState:
         self._decode_starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._decode_indices = torch.arange(max_num_seqs, device=device)
         self._upload = Upload(device)
+        self.pad_mixtures(())
 
         # Requests that want more of their samples than a token: log probabilities, or not to end yet.
         self.special: set[Request] = set()
@@ -142,8 +158,12 @@ class BatchState:
         max_query_len, max_seq_len = max(query_lens), int(seq_lens.max())
         is_decode = max_query_len == 1 and not plan.num_padding_tokens and all(item[3] for item in scheduled)
         parts = [np.array(moves, dtype=np.int32).reshape(-1, 2).T, updates]
+        num_samples, padded_size = 0, None
         if not is_decode:
-            parts += self._mixture(plan, rows, query_lens, num_rows)
+            num_tokens = int(step_lens.sum()) + plan.num_padding_tokens
+            padded_size = next((size for size in self._padded_sizes if size >= num_tokens), None)
+            words, num_samples = self._mixture_words(plan, rows, query_lens, padded_size or num_tokens)
+            parts.append(words)
         mixture: list[Tensor] = []
         if moves or updates.size or not is_decode:
             sent_moves, sent_updates, *mixture = self._upload.send(parts)
@@ -153,30 +173,20 @@ class BatchState:
                 batch_ops.update_words(self._words, sent_updates)
         self._num_computed += step_lens
         if is_decode:
-            return StagedStep(num_rows, rows, max_query_len, max_seq_len, True, self._decode_starts[: num_rows + 1])
-        starts, token_ids, sample_rows, logits_indices = mixture
-        return StagedStep(
-            num_rows,
-            range(len(sample_rows)),
-            max_query_len,
-            max_seq_len,
-            False,
-            starts,
-            token_ids,
-            sample_rows,
-            logits_indices.long(),
-        )
+            return StagedStep(num_rows, rows, max_query_len, max_seq_len)
+        (sent,) = mixture
+        if padded_size is not None:  # where a graph looks for it
+            sent = self._padded_words[: len(sent)].copy_(sent)
+        said = self._as_mixture(sent, num_rows, num_samples)
+        return StagedStep(num_rows, range(num_samples), max_query_len, max_seq_len, said, padded_size)
 
     def prepare(self, staged: StagedStep, max_seq_len: int) -> tuple[BatchTensors, SamplingTensors]:
         """Write the inputs of a step on the device. ``max_seq_len`` bounds the sequences' lengths."""
-        if staged.is_decode:
+        if staged.mixture is None:
             return self.prepare_decode(staged.num_rows, max_seq_len)
-        assert staged.token_ids is not None
-        assert staged.sample_rows is not None
-        assert staged.logits_indices is not None
-        inputs = self._allocate_inputs(len(staged.token_ids), staged.num_rows, len(staged.sample_rows))
-        self._prepare(inputs, staged.query_start_loc, staged.token_ids, staged.sample_rows)
-        return self._batch(inputs, staged.query_start_loc, staged.logits_indices, staged.max_query_len, max_seq_len)
+        mixture = staged.mixture
+        inputs = self._allocate_inputs(len(mixture.token_ids), staged.num_rows, len(mixture.sample_rows))
+        return self._prepare_mixture(inputs, mixture, staged.max_query_len, max_seq_len)
 
     def prepare_decode(self, num_rows: int, max_seq_len: int) -> tuple[BatchTensors, SamplingTensors]:
         """Write the inputs of a decode of the first rows, always to the same addresses; rows of nobody are padding."""
@@ -185,6 +195,32 @@ class BatchState:
         starts = self._decode_starts[: num_rows + 1]
         self._prepare(inputs, starts, None, None)
         return self._batch(inputs, starts, self._decode_indices[:num_rows], 1, max_seq_len)
+
+    def pad_mixtures(self, sizes: Sequence[int]) -> None:
+        """From now on steps that are no decodes have the next of these ascending numbers of tokens, if there is one;
+        the rest is padding. What they say is then always at the same addresses."""
+        largest = sizes[-1] if sizes else 0
+        self._padded_sizes = sizes
+        self._padded_words = torch.zeros(self._words_of_mixture(largest), dtype=torch.int32, device=self.device)
+        self._padded_inputs = self._allocate_inputs(largest, self.max_num_seqs, self.max_num_seqs)
+
+    @property
+    def padded_sample_rows(self) -> Tensor:
+        """The row of each sample of ``prepare_padded``, -1 for nobody's."""
+        return self._as_mixture(self._padded_words, self.max_num_seqs, self.max_num_seqs).sample_rows
+
+    def prepare_padded(self, size: int, max_seq_len: int) -> tuple[BatchTensors, SamplingTensors]:
+        """As ``prepare``, for whatever step of that padded size was staged last, always to the same addresses: all rows
+        may have tokens and a sample."""
+        largest = self._padded_inputs
+        inputs = largest._replace(
+            input_ids=largest.input_ids[:size],
+            positions=largest.positions[:size],
+            slot_mapping=largest.slot_mapping[:, :size],
+        )
+        words = self._padded_words[: self._words_of_mixture(size)]
+        mixture = self._as_mixture(words, self.max_num_seqs, self.max_num_seqs)
+        return self._prepare_mixture(inputs, mixture, min(size, max_seq_len), max_seq_len)
 
     def accept(self, token_ids: Tensor, num_rows: int, sample_rows: Tensor | None = None) -> None:
         """The step ran: ``token_ids`` int64 [L] follow."""
@@ -272,13 +308,16 @@ class BatchState:
                 new_ids = block_ids[first * num_groups + group :: num_groups]
                 values.extend([self._null_block if id_ == NO_BLOCK else id_ for id_ in new_ids])
 
-    def _mixture(
-        self, plan: StepPlan, rows: list[int], query_lens: list[int], num_rows: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Where each row's tokens are, which they are (-1: the row's last one), and the samples' rows and logits."""
-        starts = np.zeros(num_rows + 1, dtype=np.int32)
-        np.cumsum(self._step_lens[:num_rows], out=starts[1:])
-        token_ids = np.full(starts[-1] + plan.num_padding_tokens, -1, dtype=np.int32)
+    def _mixture_words(
+        self, plan: StepPlan, rows: list[int], query_lens: list[int], num_tokens: int
+    ) -> tuple[np.ndarray, int]:
+        """The words of a ``Mixture`` of ``num_tokens``: where each row's tokens are, the samples' rows and logits,
+        which tokens they are (-1: the row's last one); and the number of samples. What is nobody's is -1, or a place
+        that exists."""
+        words = np.full(self._words_of_mixture(num_tokens), -1, dtype=np.int32)
+        starts, sample_rows, logits_indices, token_ids = self._parts_of_mixture(words)
+        starts[0] = logits_indices[:] = 0
+        np.cumsum(self._step_lens, out=starts[1:])
         sampled = []
         for row, item, count in zip(rows, plan.scheduled, query_lens, strict=True):
             request, start, _, needs_sample = item
@@ -286,8 +325,30 @@ class BatchState:
                 sampled.append(row)
             if count > 1 or not needs_sample:
                 token_ids[starts[row] : starts[row] + count] = request.token_ids[start : start + count]
-        sample_rows = np.array(sampled, dtype=np.int32)
-        return starts, token_ids, sample_rows, starts[sample_rows + 1] - 1
+        sample_rows[: len(sampled)] = sampled
+        logits_indices[: len(sampled)] = starts[sample_rows[: len(sampled)] + 1] - 1
+        return words, len(sampled)
+
+    def _words_of_mixture(self, num_tokens: int) -> int:
+        """Words that a ``Mixture`` takes: each part for all rows there may be, so that its place does not change."""
+        return 3 * self._part_words + num_tokens
+
+    @property
+    def _part_words(self) -> int:
+        return -(-(self.max_num_seqs + 1) // ALIGNMENT) * ALIGNMENT
+
+    def _parts_of_mixture(self, words: WordsT) -> tuple[WordsT, WordsT, WordsT, WordsT]:
+        num_rows, part = self.max_num_seqs, self._part_words
+        return (
+            words[: num_rows + 1],
+            words[part : part + num_rows],
+            words[2 * part : 2 * part + num_rows],
+            words[3 * part :],
+        )
+
+    def _as_mixture(self, words: Tensor, num_rows: int, num_samples: int) -> Mixture:
+        starts, sample_rows, logits_indices, token_ids = self._parts_of_mixture(words)
+        return Mixture(starts[: num_rows + 1], sample_rows[:num_samples], logits_indices[:num_samples], token_ids)
 
     def _allocate_inputs(self, num_tokens: int, num_rows: int, num_samples: int) -> StepInputs:
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -318,6 +379,13 @@ class BatchState:
             token_ids=token_ids,
             sample_rows=sample_rows,
         )
+
+    def _prepare_mixture(
+        self, inputs: StepInputs, mixture: Mixture, max_query_len: int, max_seq_len: int
+    ) -> tuple[BatchTensors, SamplingTensors]:
+        self._prepare(inputs, mixture.query_start_loc, mixture.token_ids, mixture.sample_rows)
+        indices = mixture.logits_indices.long()
+        return self._batch(inputs, mixture.query_start_loc, indices, max_query_len, max_seq_len)
 
     def _batch(
         self,

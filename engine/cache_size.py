@@ -7,11 +7,11 @@ from bisect import bisect_right
 
 import torch
 
-from pagedattn.engine.decode_graphs import decode_batch_sizes
 from pagedattn.engine.kv_cache import KVCache
 from pagedattn.engine.layer_groups import LayerGroups, group_layers, peak_blocks
 from pagedattn.engine.model import Decoder
 from pagedattn.engine.model_runner import ModelRunner
+from pagedattn.engine.step_graphs import decode_batch_sizes, mixture_sizes
 
 
 def longest_sequence(
@@ -30,7 +30,7 @@ def longest_sequence(
 # On a CPU the cache shares the memory with everything else on the machine.
 CPU_MEMORY_SHARE = 0.25
 CPU_MEMORY_LIMIT = 4 * 2**30
-GRAPH_BYTES = 16 * 2**20  # what the driver keeps for a captured decode, roughly
+GRAPH_BYTES = 16 * 2**20  # what the driver keeps for a captured step, roughly
 
 
 def default_num_blocks(
@@ -90,8 +90,8 @@ def _measure_step_bytes(
     max_num_batched_tokens: int,
     enforce_eager: bool,
 ) -> int:
-    """Peak bytes of a step of ``max_num_batched_tokens`` tokens and as many sampled rows as it can have; and, where
-    decodes are graphs, what these keep for themselves."""
+    """Peak bytes of a step of ``max_num_batched_tokens`` tokens and as many sampled rows as it can have; and what
+    graphs keep for themselves: the peak of the largest, and what the driver has of each."""
     cache = KVCache(decoder.config, 1, block_size, decoder.dtype, decoder.device)
     runner = ModelRunner(
         decoder,
@@ -102,15 +102,16 @@ def _measure_step_bytes(
         device=decoder.device,
     )
 
-    def peak(num_seqs: int, num_tokens: int) -> int:
+    def peak(num_seqs: int, max_num_tokens: int) -> int:
         torch.cuda.synchronize(decoder.device)
         before = torch.cuda.memory_allocated(decoder.device)
         torch.cuda.reset_peak_memory_stats(decoder.device)
-        runner.rehearse(num_seqs, num_tokens)
+        runner.rehearse(num_seqs, max(1, min(max_num_tokens // num_seqs, max_model_len - 1)))
         return torch.cuda.max_memory_allocated(decoder.device) - before
 
-    num_seqs = min(max_num_seqs, max_num_batched_tokens)
-    step_bytes = peak(num_seqs, max(1, min(max_num_batched_tokens // num_seqs, max_model_len - 1)))
+    step_bytes = peak(min(max_num_seqs, max_num_batched_tokens), max_num_batched_tokens)
     if not enforce_eager:
-        step_bytes += peak(max_num_seqs, 1) + len(decode_batch_sizes(max_num_seqs)) * GRAPH_BYTES
+        mixtures = mixture_sizes(max_num_batched_tokens, decoder.flops_per_token)
+        num_graphs = len(decode_batch_sizes(max_num_seqs)) + len(mixtures)
+        step_bytes += peak(max_num_seqs, max([max_num_seqs, *mixtures[-1:]])) + num_graphs * GRAPH_BYTES
     return step_bytes

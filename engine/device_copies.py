@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 4  # words; kernels are compiled for pointers to 16 bytes
+ALIGNMENT = 4  # words; kernels are compiled for pointers to 16 bytes
 _FIRST_CAPACITY = 1 << 16  # words
 # One is read by the device while the next is written, and one may be of a launch that failed: who writes to a buffer
 # again has waited for a step behind its last copy.
@@ -30,7 +30,7 @@ class Upload:
         offsets, size = [], 0
         for part in parts:
             offsets.append(size)
-            size += -(-part.size // _ALIGNMENT) * _ALIGNMENT
+            size += -(-part.size // ALIGNMENT) * ALIGNMENT
         self._turn = (self._turn + 1) % _NUM_BUFFERS
         if size > len(self._received):
             self._received = torch.empty(2 * size, dtype=torch.int32, device=self._device)

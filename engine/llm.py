@@ -29,6 +29,7 @@ from pagedattn.engine.queue_bound import QueueFullError
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.scheduler import RequestRejectedError
 from pagedattn.engine.scheduling_params import SchedulingParams
+from pagedattn.engine.step_graphs import decode_batch_sizes, mixture_sizes
 from pagedattn.engine.swap_space import SwapSpace
 from pagedattn.engine.weights import LoadedModel, load_model
 
@@ -181,7 +182,11 @@ class LLM:
                 on_alert=on_alert,
             )
             if is_cuda:
-                self.engine.runner.warm_up(max_num_batched_tokens, use_graphs=not enforce_eager)
+                self.engine.runner.warm_up(
+                    max_num_batched_tokens,
+                    decode_sizes=() if enforce_eager else decode_batch_sizes(max_num_seqs),
+                    mixture_sizes=mixture_sizes(max_num_batched_tokens, loaded.decoder.flops_per_token),
+                )
         self._lock = threading.Lock()
         self._inboxes: dict[str, deque[RequestOutput]] = {}
 

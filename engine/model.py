@@ -257,6 +257,12 @@ class Decoder:
         self.lm_head = self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding)
         self.cos_sin = config.rope.cos_sin_table(max_model_len, self.device)
 
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of the layers' products for one token, attention left out."""
+        products = ("query_key_value", "output", "gate_up", "down")
+        return 2 * sum(getattr(layer, name).numel() for layer in self.layers for name in products)
+
     def plan(self, batch: BatchTensors, cache: KVCache, out: Plans | None = None) -> Plans:
         """Cut up the step's attention, once for all layers that see alike. ``out``: plans to rewrite in place."""
         config = self.config

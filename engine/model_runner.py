@@ -18,10 +18,10 @@ from pagedattn import layer_ops, ops
 from pagedattn.engine.batch import BatchTensors
 from pagedattn.engine.batch_state import BatchState, StagedStep
 from pagedattn.engine.block_manager import BlockTransfers
-from pagedattn.engine.decode_graphs import DecodeGraphs, decode_batch_sizes
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import PendingLogprobs, SamplingTensors, TokenLogprobs, sample_again
 from pagedattn.engine.sampling_params import SamplingParams
+from pagedattn.engine.step_graphs import StepGraphs, decode_batch_sizes
 from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ class ModelRunner:
         self._device = device
         self._is_cuda = device.type == "cuda"
         self._max_model_len = max_model_len
-        self._graphs: DecodeGraphs | None = None
+        self._decodes: StepGraphs | None = None
+        self._mixtures: StepGraphs | None = None
         self._arriving = [
             torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=self._is_cuda) for _ in range(MAX_RUNNING_STEPS)
         ]
@@ -142,12 +143,35 @@ class ModelRunner:
         self.state.release()
 
     @torch.inference_mode()
-    def warm_up(self, max_num_batched_tokens: int, *, use_graphs: bool) -> None:
-        """Compile what steps need, before there are any, and capture the decodes if they are to be graphs.
+    def warm_up(
+        self, max_num_batched_tokens: int, *, decode_sizes: Sequence[int] = (), mixture_sizes: Sequence[int] = ()
+    ) -> None:
+        """Capture steps of these sizes as graphs, and compile what other steps need, before there are any.
 
         What the cache holds is overwritten. Where the ops check values (which reads them back) there are no graphs, and
         a decoder that can not be captured is served without, with a warning.
         """
+        if decode_sizes and not ops.CHECK_VALUES:
+            try:
+                self._capture(decode_sizes, mixture_sizes)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what CUDA says of work that a graph can not hold
+                logger.warning("steps are launched kernel by kernel, as they can not be captured: %s", error)
+                self._decodes = self._mixtures = None
+                self.state.pad_mixtures(())
+        if self._mixtures is None or mixture_sizes[-1] < max_num_batched_tokens:
+            self._rehearse_all(max_num_batched_tokens)
+        self.state.reset()
+
+    def _capture(self, decode_sizes: Sequence[int], mixture_sizes: Sequence[int]) -> None:
+        pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
+        if mixture_sizes:  # first: they take more memory
+            self.state.pad_mixtures(mixture_sizes)
+            self._mixtures = StepGraphs(self._mixture, mixture_sizes, self._device, pool)
+        self._decodes = StepGraphs(self._decode, decode_sizes, self._device, pool)
+
+    def _rehearse_all(self, max_num_batched_tokens: int) -> None:
         max_num_seqs, longest = self.state.max_num_seqs, max(1, self._max_model_len - 1)
         # What is compiled depends on powers of two: of the sequences, and of the rows of a tile of queries.
         for num_seqs in decode_batch_sizes(min(max_num_seqs, max_num_batched_tokens)):
@@ -157,24 +181,17 @@ class ModelRunner:
                 min(length, longest, max_num_batched_tokens // num_seqs) for length in REHEARSED_LENGTHS
             }:
                 self.rehearse(num_seqs, num_tokens)
-        self.state.reset()
-        if use_graphs and not ops.CHECK_VALUES:
-            try:
-                self._graphs = DecodeGraphs(self._decode, decode_batch_sizes(max_num_seqs), self._device)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # what CUDA says of work that a graph can not hold
-                logger.warning("decodes are launched kernel by kernel, as they can not be captured: %s", error)
-            self.state.reset()
 
     @property
     def has_graphs(self) -> bool:
-        return self._graphs is not None
+        return self._decodes is not None
 
     def _compute(self, staged: StagedStep) -> tuple[Tensor, Tensor, SamplingTensors]:
         """Logits, samples, and what these were drawn by."""
-        if staged.is_decode and self._graphs is not None:
-            return self._graphs.replay(staged.num_rows)
+        if staged.mixture is None and self._decodes is not None:
+            return self._decodes.replay(staged.num_rows)
+        if staged.padded_size is not None and self._mixtures is not None:
+            return self._mixtures.replay(staged.padded_size)
         max_seq_len = staged.max_seq_len
         if self._is_cuda:  # few bounds, so that calls are alike and their preparations are remembered
             max_seq_len = min(1 << (max_seq_len - 1).bit_length(), self._max_model_len)
@@ -185,6 +202,11 @@ class ModelRunner:
         """A decode of whatever the first rows hold: all sizes follow from ``num_rows``, as a graph needs."""
         batch, sampling = self.state.prepare_decode(num_rows, self._max_model_len)
         return self._forward(batch, sampling, num_rows, None)
+
+    def _mixture(self, size: int) -> tuple[Tensor, Tensor, SamplingTensors]:
+        """Whatever step was staged last, padded to so many tokens: all sizes follow from that, as a graph needs."""
+        batch, sampling = self.state.prepare_padded(size, self._max_model_len)
+        return self._forward(batch, sampling, self.state.max_num_seqs, self.state.padded_sample_rows)
 
     def _forward(
         self, batch: BatchTensors, sampling: SamplingTensors, num_rows: int, sample_rows: Tensor | None

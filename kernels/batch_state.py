@@ -72,7 +72,7 @@ def prepare_sample(
     """Gather one sample's parameters from its row."""
     row_ptr = fields_ptr + sample
     if HAS_SAMPLE_ROWS:
-        row_ptr = fields_ptr + tl.load(sample_rows_ptr + sample)
+        row_ptr = fields_ptr + tl.maximum(tl.load(sample_rows_ptr + sample), 0)
     tl.store(temperature_ptr + sample, tl.load(row_ptr + TEMPERATURE * max_rows).to(tl.float32, bitcast=True))
     tl.store(top_k_ptr + sample, tl.load(row_ptr + TOP_K * max_rows))
     tl.store(top_p_ptr + sample, tl.load(row_ptr + TOP_P * max_rows).to(tl.float32, bitcast=True))
@@ -173,7 +173,8 @@ def accept_tokens_kernel(
     token = tl.load(token_ids_ptr + row, mask=exists, other=0).to(tl.int32)
     sampled = row
     if HAS_SAMPLE_ROWS:
-        sampled = tl.load(sample_rows_ptr + row, mask=exists, other=0)
+        sampled = tl.load(sample_rows_ptr + row, mask=exists, other=-1)
+        exists = sampled >= 0
     else:
         exists = exists & (query_len > 0)
     tl.store(fields_ptr + LAST_TOKEN * max_rows + sampled, token, mask=exists)

@@ -76,7 +76,7 @@ def prepare_inputs(
 
     ``query_start_loc`` int32 [B + 1] says where each row's tokens are; what lies behind them is padding. ``token_ids``
     int32 [T], -1 where it is the row's last token; None: everywhere. ``sample_rows`` int32 [L]: the rows that samples
-    are for; None: row l for sample l.
+    are for, -1 for nobody; None: row l for sample l.
     """
     num_rows, num_tokens = inputs.seq_lens.shape[0], inputs.input_ids.shape[0]
     query_lens = query_start_loc.diff()
@@ -99,7 +99,7 @@ def prepare_inputs(
     for values, padding in ((inputs.input_ids, 0), (inputs.positions, 0), (inputs.slot_mapping, -1)):
         values[..., num_real:] = padding
 
-    sampled = fields[:, : inputs.top_k.shape[0]] if sample_rows is None else fields[:, sample_rows.long()]
+    sampled = fields[:, : inputs.top_k.shape[0]] if sample_rows is None else fields[:, sample_rows.long().clamp(min=0)]
     inputs.temperature.copy_(sampled[Field.TEMPERATURE].view(torch.float32))
     inputs.top_k.copy_(sampled[Field.TOP_K])
     inputs.top_p.copy_(sampled[Field.TOP_P].view(torch.float32))
@@ -119,6 +119,7 @@ def accept_tokens(fields: Tensor, token_ids: Tensor, sample_rows: Tensor | None,
         last.copy_(torch.where(is_active, token_ids.int(), last))
         fields[Field.NUM_DRAWN, : token_ids.shape[0]] += is_active
     else:
-        rows = sample_rows.long()
-        fields[Field.LAST_TOKEN, rows] = token_ids.int()
+        is_somebodys = sample_rows >= 0
+        rows = sample_rows[is_somebodys].long()
+        fields[Field.LAST_TOKEN, rows] = token_ids[is_somebodys].int()
         fields[Field.NUM_DRAWN, rows] += 1

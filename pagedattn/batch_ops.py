@@ -198,7 +198,7 @@ def prepare_inputs(
         inputs: what is written; its shapes say how many tokens and samples there are.
         block_size: token slots in a block.
         token_ids: int32 [T], -1 where it is the row's last token; None: each row has one token, and it is that.
-        sample_rows: int32 [L], the rows that samples are for; None: row l for sample l.
+        sample_rows: int32 [L], the rows that samples are for, -1 for nobody's; None: row l for sample l.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.

@@ -18,7 +18,8 @@ CPU_ONLY = ("test_attention_reference.py", "test_compile.py")
 
 # Shells start background jobs with SIGINT ignored, and that is inherited; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-if "PYTEST_XDIST_WORKER" in os.environ:
+IS_SPREAD = "PYTEST_XDIST_WORKER" in os.environ
+if IS_SPREAD:
     torch.set_num_threads(1)  # one process a core: more threads would only wait for each other
 
 
@@ -41,6 +42,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("interpret") and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1 before torch is imported")
+
+
+def pytest_runtest_teardown() -> None:
+    """Processes that share a GPU keep no more of its memory than they use."""
+    if IS_SPREAD and IS_CUDA:
+        torch.cuda.empty_cache()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

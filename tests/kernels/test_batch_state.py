@@ -166,7 +166,8 @@ def test_inputs_of_any_mixture(longest: int, num_padding: int) -> None:
         starts.append(starts[-1] + row[Field.QUERY_LEN])
     num_tokens = starts[-1] + num_padding
     token_ids = [state.random.randrange(-1, 500) for _ in range(num_tokens)]
-    sample_rows = [index for index, row in enumerate(state.rows[:num_rows]) if row[Field.QUERY_LEN]][1:]
+    sample_rows = [index for index, row in enumerate(state.rows[:num_rows]) if row[Field.QUERY_LEN]][2:]
+    sample_rows += [-1] * min(2, num_padding)  # nobody's, which look like anybody's
     inputs = poisoned(2, num_tokens, num_rows, len(sample_rows))
     batch_ops.prepare_inputs(
         state.fields,
@@ -178,7 +179,7 @@ def test_inputs_of_any_mixture(longest: int, num_padding: int) -> None:
         sample_rows=int32(sample_rows),
     )
     check_tokens(state, inputs, starts, token_ids, num_tokens)
-    check_samples(inputs, [state.rows[index] for index in sample_rows])
+    check_samples(inputs, [state.rows[max(index, 0)] for index in sample_rows])
     state.check()
 
 
@@ -186,7 +187,7 @@ def test_inputs_of_any_mixture(longest: int, num_padding: int) -> None:
 def test_accepted_tokens_are_the_last(is_decode: bool) -> None:
     num_rows = 300
     state = State(max_rows=310, num_groups=1, table_width=9)
-    sampled = list(range(num_rows)) if is_decode else [index for index in range(num_rows) if index % 3]
+    sampled = list(range(num_rows)) if is_decode else [index if index % 3 else -1 for index in range(num_rows)]
     tokens = [state.random.randrange(-1, 1000) for _ in sampled]
     batch_ops.accept_tokens(
         state.fields,
@@ -195,7 +196,7 @@ def test_accepted_tokens_are_the_last(is_decode: bool) -> None:
         sample_rows=None if is_decode else int32(sampled),
     )
     for index, token in zip(sampled, tokens, strict=True):
-        if not is_decode or state.rows[index][Field.QUERY_LEN]:
+        if state.rows[index][Field.QUERY_LEN] if is_decode else index >= 0:
             state.rows[index][Field.LAST_TOKEN] = token
             state.rows[index][Field.NUM_DRAWN] += 1
     for row in state.rows[:num_rows]:

@@ -1,33 +1,34 @@
-"""Padded decodes and, on a GPU, that graphs change no token. Without one, a graph is a step that is run again."""
+"""Padded steps and, on a GPU, that graphs change no token. Without one, a graph is a step that is run again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from pagedattn.engine import cache_size, model_runner
-from pagedattn.engine.decode_graphs import DecodeStep, decode_batch_sizes
 from pagedattn.engine.llm import LLM
 from pagedattn.engine.outputs import CompletionOutput
 from pagedattn.engine.sampling_params import SamplingParams
+from pagedattn.engine.step_graphs import Step, decode_batch_sizes, mixture_sizes
 from pagedattn.engine.weights import LoadedModel, load_model
 from tests.device import DEVICE, IS_CUDA
 
 
 class RepeatedSteps:
-    """As ``DecodeGraphs``, without a device: every replay runs the step again, padded as a graph would be."""
+    """As ``StepGraphs``, without a device: every replay runs the step again, padded as a graph would be."""
 
-    def __init__(self, step: DecodeStep, sizes: list[int], device: torch.device) -> None:
+    def __init__(self, step: Step, sizes: Sequence[int], device: torch.device, pool: Any) -> None:
         self.sizes = sizes
         self.replayed: list[int] = []
         self._step = step
 
-    def replay(self, num_rows: int) -> Any:
-        size = next(size for size in self.sizes if size >= num_rows)
-        self.replayed.append(size)
-        return self._step(size)
+    def replay(self, size: int) -> Any:
+        padded = next(larger for larger in self.sizes if larger >= size)
+        self.replayed.append(padded)
+        return self._step(padded)
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +69,22 @@ ASKED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("params", ASKED, ids=["greedy", "sampled", "logprobs", "min_tokens"])
-def test_a_padded_decode_gives_the_same_tokens(
-    model: LoadedModel, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mixtures", [(), (16, 40), (16, 32, 48, 64)], ids=["no mixtures", "short ones", "all"])
+def test_a_padded_step_gives_the_same_tokens(
+    model: LoadedModel, params: dict[str, Any], mixtures: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = answers(make_llm(model, enforce_eager=True), **params)
-    monkeypatch.setattr(model_runner, "DecodeGraphs", RepeatedSteps)
+    monkeypatch.setattr(model_runner, "StepGraphs", RepeatedSteps)
     llm = make_llm(model, enforce_eager=True)
-    llm.engine.runner.warm_up(64, use_graphs=True)
+    llm.engine.runner.warm_up(64, decode_sizes=decode_batch_sizes(12), mixture_sizes=mixtures)
     assert_same(answers(llm, **params), expected)
-    graphs: Any = llm.engine.runner._graphs
-    assert set(graphs.replayed) <= {1, 2, 4, 8, 12}
-    assert len(set(graphs.replayed)) > 2
+    runner: Any = llm.engine.runner
+    assert set(runner._decodes.replayed) <= {1, 2, 4, 8, 12}
+    assert len(set(runner._decodes.replayed)) > 2
+    assert (runner._mixtures is None) == (not mixtures)
+    if mixtures:
+        assert set(runner._mixtures.replayed) <= set(mixtures)
+        assert runner._mixtures.replayed
 
 
 def test_what_can_not_be_captured_is_served_without(
@@ -88,9 +94,9 @@ def test_what_can_not_be_captured_is_served_without(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     expected = answers(make_llm(model, enforce_eager=True), temperature=0.0)
-    monkeypatch.setattr(model_runner, "DecodeGraphs", refuse)
+    monkeypatch.setattr(model_runner, "StepGraphs", refuse)
     llm = make_llm(model, enforce_eager=True)
-    llm.engine.runner.warm_up(64, use_graphs=True)
+    llm.engine.runner.warm_up(64, decode_sizes=[12], mixture_sizes=[64])
     assert "not permitted" in caplog.text
     assert not llm.engine.runner.has_graphs
     assert_same(answers(llm, temperature=0.0), expected)
@@ -104,6 +110,13 @@ def test_sizes_are_few_and_end_with_the_largest() -> None:
     assert decode_batch_sizes(256)[-2:] == [248, 256]
     for most in range(1, 300):
         sizes = decode_batch_sizes(most)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == most
+    assert mixture_sizes(200, 1e9) == [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 200]
+    assert mixture_sizes(8192, 1e10)[-3:] == [640, 768, 800]  # beyond, launches do not bound a step
+    assert mixture_sizes(8, 1e9) == mixture_sizes(8192, 1e13) == []
+    for most in range(16, 10000, 7):
+        sizes = mixture_sizes(most, 1.0)
         assert sizes == sorted(set(sizes))
         assert sizes[-1] == most
 
@@ -126,10 +139,12 @@ def test_what_a_step_takes_is_measured_with_the_largest(model: LoadedModel, monk
     sizes = {"block_size": 16, "max_model_len": 100, "max_num_seqs": 9}
     taken = [
         cache_size._measure_step_bytes(model.decoder, **sizes, max_num_batched_tokens=tokens, enforce_eager=eager)
-        for tokens, eager in ((36, True), (36, False), (4, True))
-    ]
-    assert steps == [(9, 4), (9, 4), (9, 1), (4, 1)]
-    assert taken[1] >= taken[0] + len(decode_batch_sizes(9)) * cache_size.GRAPH_BYTES
+        for tokens, eager in ((36, True), (36, True), (36, False), (4, True), (8, False))
+    ]  # the first one also has what the device's libraries take once
+    assert steps == [(9, 4), (9, 4), (9, 4), (9, 4), (4, 1), (8, 1), (9, 1)]
+    num_graphs = len(decode_batch_sizes(9)) + len(mixture_sizes(36, model.decoder.flops_per_token))
+    assert taken[2] >= taken[1] + num_graphs * cache_size.GRAPH_BYTES
+    assert num_graphs == 5 + 3
 
 
 @pytest.mark.gpu
