@@ -1,10 +1,11 @@
 """Run kernel tests under compute-sanitizer, and show that each of its tools catches a planted fault.
 
-    python -m tests.sanitizer [memcheck] [racecheck] [initcheck] [--processes N]
+    python -m tests.sanitizer [memcheck] [racecheck] [initcheck] [--processes N] [--every N] [--logs DIR]
 
 Without names: all three. A subset of the kernel tests that launches every kernel in each of its forms. torch's
 allocator hands out slices of large blocks, which hides accesses out of bounds, so its caching is turned off. The tests
 are dealt out to processes, each under a sanitizer of its own, as most of the time goes into compiling and launching.
+``--every 3`` takes every third case of each test. What the processes say is in ``--logs``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import groupby
+from pathlib import Path
 
 FAULTS = {"memcheck": "bounds", "racecheck": "race", "initcheck": "uninitialized"}
 CAUGHT = 9
@@ -49,31 +52,38 @@ SUBSET = (
 PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short")
 
 
-def run(tool: str, module: Sequence[str]) -> int:
-    """The exit code of a module's run under a tool: ``CAUGHT`` where that found something. Prints what it said."""
+def run(tool: str, module: Sequence[str], log: Path) -> int:
+    """The exit code of a module's run under a tool: ``CAUGHT`` where that found something."""
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", str(CAUGHT), sys.executable, "-m", *module)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PAGEDATTN_DRAWS": "1"}
-    done = subprocess.run(command, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    lines = done.stdout.decode(errors="replace").splitlines()
-    shown = [*lines[:60], "...", *lines[-8:]] if done.returncode else lines[-1:]
-    print(f"$ {' '.join(command[:9])} ...", *shown, sep="\n", flush=True)
-    return done.returncode
+    with log.open("wb") as file:
+        code = subprocess.run(command, env=environment, check=False, stdout=file, stderr=subprocess.STDOUT).returncode
+    print(f"{log}: exit {code}", flush=True)
+    return code
 
 
-def collect() -> list[str]:
-    """The subset's tests, one by one. Raises CalledProcessError when there are none."""
+def collect(every: int) -> list[str]:
+    """The subset's tests, every so many cases of each. Raises CalledProcessError when there are none."""
     command = (sys.executable, "-m", *PYTEST, "--collect-only", *SUBSET)
     listed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return [line for line in listed.splitlines() if "::" in line]
+    cases = (line for line in listed.splitlines() if "::" in line)
+    return [case for _, test in groupby(cases, lambda case: case.partition("[")[0]) for case in list(test)[::every]]
 
 
-def main(tools: Sequence[str], num_processes: int) -> int:
-    tests = collect()
+def main(tools: Sequence[str], num_processes: int, every: int, logs: Path) -> int:
+    tests = collect(every)
     num_parts = max(1, num_processes // len(tools))
     parts = [(*PYTEST, *tests[first::num_parts]) for first in range(num_parts)]
+    logs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(num_processes) as pool:
-        clean = {tool: [pool.submit(partial(run, tool, part)) for part in parts] for tool in tools}
-        planted = {tool: pool.submit(partial(run, tool, ("tests.planted_fault", FAULTS[tool]))) for tool in tools}
+        planted = {
+            tool: pool.submit(run, tool, ("tests.planted_fault", FAULTS[tool]), logs / f"{tool}-planted.log")
+            for tool in tools
+        }
+        clean = {
+            tool: [pool.submit(run, tool, part, logs / f"{tool}-{number}.log") for number, part in enumerate(parts)]
+            for tool in tools
+        }
     is_good = True
     for tool in tools:
         codes, caught = [future.result() for future in clean[tool]], planted[tool].result()
@@ -90,7 +100,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("tools", nargs="*", metavar="tool", help=f"of {', '.join(FAULTS)}; all when none is named")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time, of all tools together")
+    parser.add_argument("--every", type=int, default=1, help="take every so many cases of each test")
+    parser.add_argument("--logs", type=Path, help="where the processes' output goes (default: a temporary directory)")
     arguments = parser.parse_args()
     if unknown := set(arguments.tools) - set(FAULTS):
         parser.error(f"unknown tool {', '.join(sorted(unknown))}")
-    raise SystemExit(main(arguments.tools or list(FAULTS), arguments.processes))
+    logs = arguments.logs or Path(tempfile.mkdtemp(prefix="sanitizer-"))
+    raise SystemExit(main(arguments.tools or list(FAULTS), arguments.processes, arguments.every, logs))
