@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pagedattn.kernels.launcher import ALIGNMENT, Launcher, specialized
 from pagedattn.kernels.options import AttentionOptions
+from pagedattn.kernels.overlap import is_hopper
 from pagedattn.kernels.plan import chunk_begin, chunk_of
 from pagedattn.kernels.quantization import TOKEN_SCALE, scale_mode, token_strides
 from pagedattn.kernels.tiling import (
@@ -767,7 +768,7 @@ def prepare_hopper(
     lse: Tensor | None,
 ) -> Any:
     """The Hopper kernel's launch, where there is that chip and a kernel of its own for such a call; else None."""
-    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device)[0] != 9:
+    if not is_hopper(query.device):
         return None
     if options.tree_mask is not None or options.q_scale is not None or query.dtype not in HALF_DTYPES:
         return None

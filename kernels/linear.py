@@ -1,4 +1,5 @@
-"""Matrix products with what is around them. For a few rows: one launch of a kernel of ours. For more: the vendor's.
+"""Matrix products with what is around them. For a few rows: one launch of a kernel of ours. For more, where weights are
+small and the GPU is a Hopper, that of ``hopper_linear.py``. Else the vendor's.
 
 A product with few rows reads its weights and does little else. Weights depend on nothing, so a program asks for its
 own, BLOCK_N whole rows of the matrix, before it waits for the kernel ahead: that one's end, this one's start
@@ -10,17 +11,20 @@ Memory: values [T, K], weight [N, K], dense; a gated product has the gates' rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pagedattn.kernels import layers
-from pagedattn.kernels.launcher import Launcher, specialized
+from pagedattn.kernels.launcher import ALIGNMENT, Launcher, specialized
 from pagedattn.kernels.layers import silu
-from pagedattn.kernels.overlap import let_next_start, overlaps, wait_for_previous
+from pagedattn.kernels.overlap import is_hopper, let_next_start, overlaps, wait_for_previous
 from pagedattn.kernels.tiling import next_power_of_2
 
 
@@ -180,6 +184,17 @@ def _few_rows_linear(
     launch((out, values, weight, bias, norm_weight))
 
 
+def _small_product(values: Tensor, num_outputs: int, weight: Tensor, gated: bool) -> Callable[..., None] | None:
+    """The Hopper kernel's launch, where it serves a product."""
+    is_served = values.dtype != torch.float32 and values.stride(0) % 8 == 0 and is_hopper(values.device)
+    if not is_served or (values.data_ptr() | weight.data_ptr()) % ALIGNMENT:
+        return None
+    from pagedattn.kernels import hopper_linear
+
+    cut = hopper_linear.choose_hopper_linear(values.shape[0], num_outputs, values.shape[1], gated)
+    return None if cut is None else partial(hopper_linear.hopper_linear, cut)
+
+
 def norm_linear(
     values: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool
 ) -> Tensor:
@@ -190,7 +205,13 @@ def norm_linear(
         out = values.new_empty((values.shape[0], num_outputs))
         _few_rows_linear(cut, out, values, weight, bias, norm_weight, eps, gated, adds=False)
         return out
-    product = F.linear(layers.rms_norm(values, norm_weight, eps), weight, bias)
+    normed = layers.rms_norm(values, norm_weight, eps)
+    small = _small_product(normed, num_outputs, weight, gated)
+    if small is not None:
+        out = values.new_empty((values.shape[0], num_outputs))
+        small(out, normed, weight, bias, gated, False)
+        return out
+    product = F.linear(normed, weight, bias)
     return layers.silu_and_mul(product) if gated else product
 
 
@@ -200,7 +221,10 @@ def add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | 
     if cut is not None:
         _few_rows_linear(cut, residual, values, weight, bias, None, 0.0, gated=False, adds=True)
         return
-    if bias is None:
+    small = _small_product(values, weight.shape[0], weight, gated=False)
+    if small is not None:
+        small(residual, values, weight, bias, False, True)
+    elif bias is None:
         residual.addmm_(values, weight.t())
     else:
         residual += F.linear(values, weight, bias)

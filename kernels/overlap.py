@@ -18,6 +18,11 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has what kernels in Gluon are written for: compute capability 9."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @triton.jit
 def let_next_start(OVERLAP: tl.constexpr):
     """The next kernel may start as soon as all programs of this one have said so."""

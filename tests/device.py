@@ -8,5 +8,6 @@ from pagedattn.ops import INTERPRETED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 IS_CUDA = DEVICE.type == "cuda"
+IS_HOPPER = IS_CUDA and torch.cuda.get_device_capability()[0] == 9
 # The interpreter computes bf16 dots wrongly, so there bf16 is left to a GPU.
 DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)

@@ -36,6 +36,7 @@ SUBSET = (
     *(f"tests/kernels/test_attention.py::test_drawn_configurations[{number}]" for number in range(24)),
     *(f"tests/kernels/test_hopper_decode.py::test_drawn_on_hopper[{number}]" for number in range(12)),
     *(f"tests/kernels/test_hopper_prefill.py::test_drawn_on_hopper[{number}]" for number in range(8)),
+    *(f"tests/kernels/test_hopper_linear.py::test_drawn_on_hopper[{number}]" for number in range(8)),
     "tests/kernels/test_layers.py::test_norm",
     "tests/kernels/test_layers.py::test_add_and_norm",
     "tests/kernels/test_layers.py::test_query_key_norm",

@@ -14,6 +14,7 @@ import math
 import random
 import threading
 import time
+from itertools import product
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -170,32 +171,42 @@ class Product:
         if self.result is None:
             a, b, sum_, use_acc = self.operands
             left = a.memory if isinstance(a, Shared) else a
-            product = left.float() @ b.memory.float()
-            self.result = Value.of(product + sum_ if use_acc else product)
+            sums = left.float() @ b.memory.float()
+            if isinstance(sum_, Product):  # the one before it, of the same sum
+                sum_ = sum_.finish()
+            self.result = Value.of(sums + sum_ if use_acc else sums)
         return self.result
 
 
-class Descriptor:
-    """What the copy engine knows of a cache."""
+class MatrixDescriptor:
+    """What the copy engine knows of a matrix."""
 
-    def __init__(self, cache: Tensor, rows: CacheRows, page: int) -> None:
-        shape, strides = (rows.num_rows, rows.num_columns), (cache.stride(1), 1)
-        self.matrix = cache.as_strided(shape, strides, cache.storage_offset())
-        self.dtype, self.layout = Dtype(cache.dtype), None
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.dtype, self.layout = Dtype(matrix.dtype), None
 
     def fetch(self, row: int, column: int, box: Shared) -> None:
         rows, columns = box.shape
         box.memory.zero_()
         first, end = max(0, row), min(self.matrix.shape[0], row + rows)
         if first < end:
-            box.memory[first - row : end - row] = self.matrix[first:end, column : column + columns]
+            part = self.matrix[first:end, column : column + columns]
+            box.memory[first - row : end - row, : part.shape[1]] = part
+
+
+class Descriptor(MatrixDescriptor):
+    """What the copy engine knows of a cache."""
+
+    def __init__(self, cache: Tensor, rows: CacheRows, page: int) -> None:
+        shape, strides = (rows.num_rows, rows.num_columns), (cache.stride(1), 1)
+        super().__init__(cache.as_strided(shape, strides, cache.storage_offset()))
 
 
 class Block:
     """What the threads of one thread block share."""
 
-    def __init__(self, program: int, programs: int) -> None:
-        self.program, self.programs = program, programs
+    def __init__(self, program: tuple[int, int]) -> None:
+        self.program = program
         self.errors: list[BaseException] = []
 
 
@@ -309,12 +320,12 @@ def run_ptx(asm: str, words: Tensor, num_outputs: int) -> list[Tensor]:
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
-    product = Product(a, b, acc, use_acc)
+    started = Product(a, b, acc, use_acc)
     if not is_async:
         assert not thread.products
-        return product.finish()
-    thread.products.append(product)
-    return product
+        return started.finish()
+    thread.products.append(started)
+    return started
 
 
 def warpgroup_mma_wait(num_outstanding: int, deps: list[Product]) -> Any:
@@ -322,8 +333,8 @@ def warpgroup_mma_wait(num_outstanding: int, deps: list[Product]) -> Any:
         time.sleep(1e-3)
     while len(thread.products) > num_outstanding:
         thread.products.pop(0).finish()
-    assert all(product.result is not None for product in deps), "a product that is not waited for"
-    return deps[0].result if len(deps) == 1 else tuple(product.result for product in deps)
+    assert all(waited.result is not None for waited in deps), "a product that is not waited for"
+    return deps[0].result if len(deps) == 1 else tuple(waited.result for waited in deps)
 
 
 def fetch(descriptor: Descriptor, place: list[Any], barrier: Barrier, box: Shared) -> None:
@@ -405,7 +416,7 @@ gluon_language = SimpleNamespace(
     inline_asm_elementwise=inline_asm_elementwise,
     allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize,
-    program_id=lambda axis: Value.of(thread.block.program),
+    program_id=lambda axis: Value.of(thread.block.program[axis]),
     num_warps=lambda: 4,
     arange=lambda start, end, layout=None: Value.of(torch.arange(start, end)),
     full=lambda shape, value, dtype, layout=None: _filled(value, shape, dtype),
@@ -417,6 +428,7 @@ gluon_language = SimpleNamespace(
     max=lambda value, axis: Value.of(value.amax(axis)),
     minimum=_of_two(torch.minimum),
     maximum=_of_two(torch.maximum),
+    exp=_of_one(torch.exp),
     exp2=_of_one(torch.exp2),
     log2=_of_one(torch.log2),
     abs=_of_one(torch.abs),
@@ -473,8 +485,8 @@ class InterpretedLauncher:
     def prepare(self, key: Any, programs: tuple[int, int], device: Any, sizes: tuple[Any, ...], **options: Any) -> Any:
         def launch(tensors: tuple[Tensor | None, ...], descriptors: Any) -> None:
             arguments = (*descriptors.given, *map(Pointer.of, tensors), *sizes)
-            for program in range(programs[0]):
-                block = Block(program, programs[0])
+            for program in product(*map(range, programs)):
+                block = Block(program)
                 _in_thread(block, self._kernel, *arguments)
                 if block.errors:
                     raise block.errors[0]

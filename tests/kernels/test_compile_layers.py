@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kernels.test_compile import SHARED_MEMORY, compile_kernel, pytestmark
+from tests.kernels.test_compile import SHARED_MEMORY, compile_gluon, compile_kernel, pytestmark, stack_bytes
 
 __all__ = ["pytestmark"]
 
@@ -98,3 +99,22 @@ def test_sampling_compiles(capability: int, element: str, vocab_size: int) -> No
     compile_kernel(
         kernel, capability, pointers_of(kernel, "*fp32", **pointers), constants, num_warps=cut.row_warps, **options
     )
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "size", "gated"), [(256, 960, 576, False), (256, 1536, 576, True), (9, 576, 1536, False)]
+)
+def test_hopper_products_compile(rows: int, outputs: int, size: int, gated: bool, tmp_path: Path) -> None:
+    """What a Llama of 135M parameters has, without spills."""
+    from pagedattn.kernels import hopper_decode, hopper_linear
+
+    cut = hopper_linear.choose_hopper_linear(rows, outputs, size, gated)
+    assert cut is not None
+    layout = hopper_decode.swizzled_layout(128, 16)
+    pointers = {"out_ptr": "*bf16", "bias_ptr": "*bf16", "values_descriptor": f"tensordesc<bf16[64, 64],{layout!r}>"}
+    pointers["weight_descriptor"] = f"tensordesc<bf16[{cut.block_n}, 64],{layout!r}>"
+    constants = {"BLOCK_N": cut.block_n, "CHUNKS": cut.chunks, "STAGES": cut.stages}
+    constants |= {"HAS_BIAS": not gated, "GATED": gated, "ADDS": not gated}
+    compiled = compile_gluon(hopper_linear.hopper_linear_kernel, pointers, constants)
+    assert compiled.metadata.shared <= SHARED_MEMORY[90]
+    assert stack_bytes(compiled, tmp_path / "kernel.cubin") == 0

@@ -20,14 +20,12 @@ from pagedattn.kernels.tiling import (
     choose_hopper_decode,
     choose_tiling,
 )
-from tests.device import DEVICE, INTERPRETED, IS_CUDA
+from tests.device import DEVICE, INTERPRETED, IS_HOPPER
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case, cache_layout, draw_features
 from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher
 from tests.kernels.oracle import AttentionCase
 from tests.kernels.test_attention import attend, plan_for
-
-IS_HOPPER = IS_CUDA and torch.cuda.get_device_capability()[0] == 9
 
 
 def tiling(group: int = 4, head_size: int = 128, max_query_len: int = 1, **changes: Any) -> AttentionTiling:

@@ -20,13 +20,12 @@ from pagedattn.kernels.tiling import (
     choose_hopper_prefill,
     choose_tiling,
 )
-from tests.device import DEVICE, INTERPRETED
+from tests.device import DEVICE, INTERPRETED, IS_HOPPER
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case, draw_features
 from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher
 from tests.kernels.oracle import AttentionCase
 from tests.kernels.test_attention import attend, plan_for
-from tests.kernels.test_hopper_decode import IS_HOPPER
 
 
 def tiling(group: int = 4, head_size: int = 128, max_query_len: int = 512, **changes: Any) -> AttentionTiling:
