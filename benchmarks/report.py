@@ -63,6 +63,27 @@ def loop_cost_block(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def throughput_block(document: dict[str, Any]) -> str:
+    """Output tokens per second of ``benchmarks.engine --device cuda`` in Markdown."""
+    versions = document["versions"]
+    lines = [
+        f"{document['device']}, {document['date']}; torch {versions['torch']}, Triton {versions['triton']}. 256 requests "
+        f"at once, bf16, random weights, temperature {document['temperature']:g}, EOS ignored.",
+        "",
+        "| model | trace | output tokens/s | vLLM | ratio | before |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in document["rows"]:
+        known = sorted({*row["vllm"]})
+        ratios = "-".join(f"{row['tokens_per_second'] / rate:.2f}" for rate in reversed(known))
+        rates = "-".join(f"{rate:,.0f}" for rate in known)
+        lines.append(
+            f"| {row['model']} | {row['trace']} (`{row['digest']}`) | {row['tokens_per_second']:,.0f} | {rates}, "
+            f"{row['vllm_source']} | {ratios}x | {row['before']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def kv_quantization_block(document: dict[str, Any]) -> str:
     """The accuracy of quantized caches in Markdown."""
     lines = ["| cache | scales | perplexity | greedy agreement |", "|---|---|---:|---:|"]
@@ -128,6 +149,7 @@ def kv_memory_block(document: dict[str, Any]) -> str:
 MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "engine-cpu": ("engine-cpu", engine_block),
     "kv-memory-cpu": ("kv-memory-cpu", kv_memory_block),
+    "throughput-h100": ("h100-throughput", throughput_block),
     "loop-cost": ("loop-cost-cpu", loop_cost_block),
     "kv-quantization": ("kv-quantization", kv_quantization_block),
     "h100-kernels": ("h100-kernels", kernels_block),

@@ -35,7 +35,7 @@ def is_token_ids(value: Any) -> bool:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str | bytes)
-        and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        and all(issubclass(kind, int) and kind is not bool for kind in set(map(type, value)))
     )
 
 

@@ -1,4 +1,4 @@
-"""Small matrix products for Hopper, in Gluon: 5 to 256 rows times weights of a few megabytes, bound by latency.
+"""Small matrix products for Hopper, in Gluon: 5 to 128 rows times weights of a few megabytes, bound by latency.
 
 Such a product takes a few microseconds, most of which are a launch, the memory's latency and a drain. A thread block
 has 64 rows and a few outputs, and one warp group. What it needs of the weights depends on nothing, so it asks the copy
@@ -127,7 +127,7 @@ def hopper_linear_kernel(
 
 # --- launching --------------------------------------------------------------------------------------------------------
 
-MAX_ROWS = 256
+MAX_ROWS = 128  # with 256 the vendor's are as fast (docs/kernel-notes.md)
 MAX_SIZE = 2048  # of a sum, as the loop over it is unrolled
 MAX_WEIGHTS = 1 << 22  # elements; more are bound by bytes or arithmetic, which the vendor's products are better at
 MULTIPROCESSORS = 132  # thread blocks that run at a time where each takes most of the shared memory

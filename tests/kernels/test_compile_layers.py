@@ -102,7 +102,7 @@ def test_sampling_compiles(capability: int, element: str, vocab_size: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("rows", "outputs", "size", "gated"), [(256, 960, 576, False), (256, 1536, 576, True), (9, 576, 1536, False)]
+    ("rows", "outputs", "size", "gated"), [(128, 960, 576, False), (128, 1536, 576, True), (9, 576, 1536, False)]
 )
 def test_hopper_products_compile(rows: int, outputs: int, size: int, gated: bool, tmp_path: Path) -> None:
     """What a Llama of 135M parameters has, without spills."""

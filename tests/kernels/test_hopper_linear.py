@@ -18,17 +18,17 @@ choose = hopper_linear.choose_hopper_linear
 
 
 def test_who_is_served() -> None:
-    assert choose(256, 960, 576, False).programs == (30, 4)
-    assert choose(256, 1536, 576, True) == hopper_linear.HopperLinearLaunch(64, 9, 9, (24, 4))
+    assert choose(128, 960, 576, False).programs == (60, 2)
+    assert choose(128, 1536, 576, True) == hopper_linear.HopperLinearLaunch(32, 9, 9, (48, 2))
     assert choose(5, 576, 1536, False) == hopper_linear.HopperLinearLaunch(16, 24, 22, (36, 1))
     assert choose(0, 960, 576, False) is None
-    assert choose(257, 960, 576, False) is None
+    assert choose(129, 960, 576, False) is None
     assert choose(64, 960, 572, False) is None  # rows that are not aligned
     assert choose(64, 49152, 576, False) is None  # bound by bytes
 
 
 def test_launch_fits() -> None:
-    for rows in (1, 64, 65, 256):
+    for rows in (1, 64, 65, 128):
         for outputs in (16, 50, 576, 1000):
             for size in (8, 64, 576, 1536, 2048):
                 for matrices in (1, 2):
@@ -47,7 +47,7 @@ def draw_operands(number: int, device: torch.device | str) -> Operands:
     draw = random.Random(number)
     generator = torch.Generator().manual_seed(number)
     dtype = draw.choice([torch.bfloat16, torch.float16])
-    rows, size = draw.choice([5, 17, 64, 65, 200, 256]), draw.choice([8, 64, 72, 576, 1536])
+    rows, size = draw.choice([5, 17, 64, 65, 100, 128]), draw.choice([8, 64, 72, 576, 1536])
     gated, outputs = draw.random() < 0.4, draw.choice([8, 50, 96, 130, 576])
 
     def normal(*shape: int) -> Tensor:
