@@ -66,9 +66,12 @@ def loop_cost_block(document: dict[str, Any]) -> str:
 def throughput_block(document: dict[str, Any]) -> str:
     """Output tokens per second of ``benchmarks.engine --device cuda`` in Markdown."""
     versions = document["versions"]
+    caption = (
+        f"{document['device']}, {document['date']}; torch {versions['torch']}, Triton {versions['triton']}. "
+        f"256 requests at once, bf16, random weights, temperature {document['temperature']:g}, EOS ignored."
+    )
     lines = [
-        f"{document['device']}, {document['date']}; torch {versions['torch']}, Triton {versions['triton']}. 256 requests "
-        f"at once, bf16, random weights, temperature {document['temperature']:g}, EOS ignored.",
+        caption,
         "",
         "| model | trace | output tokens/s | vLLM | ratio | before |",
         "|---|---|---:|---:|---:|---:|",
