@@ -73,7 +73,7 @@ def throughput_block(document: dict[str, Any]) -> str:
     lines = [
         caption,
         "",
-        "| model | trace | output tokens/s | vLLM | ratio | before |",
+        "| model | trace | output tokens/s | vLLM 0.23.0 | ratio | with eager prompts |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in document["rows"]:
