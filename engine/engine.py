@@ -296,17 +296,15 @@ class Engine:
             return self._fail(step, error)
         self._pop_launched()
         now = self.clock()
-        accepted = self._outputs.accept(step.plan.sampled_requests, token_ids, logprobs, now)
-        self.scheduler.learn(builder.request for builder in accepted)
-        updated: dict[OutputGroup, None] = {}  # ordered
-        for builder in accepted:
+        sampled = step.plan.sampled_requests
+        builders = self._outputs.accept(sampled, token_ids, logprobs, now)
+        self.scheduler.learn(sampled)
+        for builder in builders:
             if builder.finish_reason is not None:
                 if builder.error == NO_FINITE_LOGITS:  # its keys and values may be NaN too: nobody shall share them
                     self.block_manager.disown(builder.request)
                 self._end(builder, builder.finish_reason, now)
-                updated[builder.group] = None
-            elif builder.group.is_streamed:
-                updated[builder.group] = None
+        updated = dict.fromkeys(builder.group for builder in builders)  # ordered
         return self._result(step, updated)
 
     def _fail(self, step: LaunchedStep, error: Exception) -> StepResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
@@ -55,39 +55,48 @@ class OutputProcessor:
         return builder if builder is not None and builder.request is request else None
 
     def accept(
-        self, requests: Iterable[Request], token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs], now: float
+        self, requests: Sequence[Request], token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs], now: float
     ) -> list[OutputBuilder]:
         """Give requests their tokens, -1 where none could be sampled, and what they asked for beside, by their place.
 
-        Returns the builders of those that have not ended before; who ends now has a ``finish_reason``.
+        Returns the builders of those that clients are to hear of: who is streamed, and who has a ``finish_reason`` now.
         """
-        accepted, builders, recorder = [], self.builders, self.recorder
+        updated, builders, recorder = [], self.builders, self.recorder
         last_time, num_steady = self._last_time, 0  # who got a token the last time too
-        for place, (request, token_id) in enumerate(zip(requests, token_ids, strict=True)):
+        extras = map(logprobs.get, range(len(token_ids)))
+        for request, token_id, extra in zip(requests, token_ids, extras, strict=True):
             builder = builders.get(request.request_id)
-            if builder is None or builder.request is not request:  # the token is nobody's
+            if builder is None or builder.request is not request:  # it has ended before; the token is nobody's
                 continue
-            accepted.append(builder)
             if token_id < 0:
                 builder.finish_reason, builder.error = "error", NO_FINITE_LOGITS
+                updated.append(builder)
                 continue
             try:
-                builder.append(token_id, logprobs.get(place))
+                builder.append(token_id, extra)
             except Exception as error:  # a tokenizer that chokes on one request's tokens is not the others' concern
                 logger.debug("request %s could not take its token", request.request_id, exc_info=error)
                 builder.finish_reason, builder.error = "error", f"detokenizing failed: {type(error).__name__}: {error}"
-            recorder.num_generated_tokens += 1
             if builder.last_token_time == last_time:
                 num_steady += 1
-            elif builder.last_token_time is not None:
-                recorder.inter_token_latencies.append(now - builder.last_token_time)
             else:
-                self._note_first_token(request, now)
+                self._note_late_token(builder, now)
             builder.last_token_time = now
+            if builder.is_streamed or builder.finish_reason is not None:
+                updated.append(builder)
         if num_steady:
             recorder.inter_token_latencies.append(now - last_time, num_steady)
+            recorder.num_generated_tokens += num_steady
         self._last_time = now
-        return accepted
+        return updated
+
+    def _note_late_token(self, builder: OutputBuilder, now: float) -> None:
+        """A sequence's first token, or the first one after steps that it sat out."""
+        self.recorder.num_generated_tokens += 1
+        if builder.last_token_time is not None:
+            self.recorder.inter_token_latencies.append(now - builder.last_token_time)
+        else:
+            self._note_first_token(builder.request, now)
 
     def _note_first_token(self, request: Request, now: float) -> None:
         request.first_token_time = now

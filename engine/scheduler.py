@@ -144,11 +144,12 @@ class Scheduler:
     def advance(self, *scheduled: ScheduledRequest) -> None:
         """The step runs: for every later one these tokens are in the cache. The token that follows is the request's,
         known or pending."""
-        commit, accounts = self.block_manager.commit, self.waiting.accounts
+        accounts = self.waiting.accounts
         for request, start, num_tokens, needs_sample in scheduled:
-            request.num_computed_tokens = start + num_tokens
-            commit(request)
-            if needs_sample and accounts:
+            request.num_computed_tokens = num_computed = start + num_tokens
+            if num_computed >= request.steady_until:
+                self.block_manager.commit(request)
+            if accounts and needs_sample:
                 self.waiting.served(request)
 
     def learn(self, requests: Iterable[Request]) -> None:
@@ -228,6 +229,10 @@ class Scheduler:
         for request in self.running:
             num_slots = len(request.block_ids) * self.block_manager.block_size
             assert request.num_computed_tokens <= num_slots, f"{request} has more tokens than slots"
+            if request.num_computed_tokens < request.steady_until:
+                assert request.num_uncomputed_tokens == request.num_tokens - request.num_computed_tokens == 1, (
+                    f"{request} is not steady"
+                )
 
     # What a request gets in a step
 
@@ -236,7 +241,12 @@ class Scheduler:
         budget, limit = self.max_num_batched_tokens, self.policy.prefill_limit
         if self.prompt_share == 1.0 and (limit is None or limit >= budget):
             return budget
-        num_decodes = sum(request.num_uncomputed_tokens == 1 for request in self.running)
+        num_decodes = sum(
+            [
+                request.num_computed_tokens < request.steady_until or request.num_uncomputed_tokens == 1
+                for request in self.running
+            ]
+        )
         num_for_prompts = budget if limit is None or not num_decodes else min(limit, budget)
         return min(num_decodes + max(int(self.prompt_share * num_for_prompts), self._chunk_unit), budget)
 
@@ -245,15 +255,13 @@ class Scheduler:
     def _continue_running(self, step: StepDraft) -> None:
         decode_first = self.policy.order == "decode_first"
         prefills: list[Request] = []
-        ensure, num_tokens, preempted = self.block_manager.ensure, step.num_tokens, step.preempted
+        num_tokens = step.num_tokens
         for request in list(self.running):
-            is_decode = request.num_uncomputed_tokens == 1
-            is_plain = is_decode and step.token_budget > 0 and not preempted and request not in num_tokens
-            if is_plain and ensure(request, request.num_computed_tokens + 1):
-                # What nearly all requests of nearly all steps need, without a call for each part of it.
+            if request.num_computed_tokens < request.steady_until and step.token_budget > 0:
+                # Nearly all requests of nearly all steps. None of them was preempted or has tokens in this step.
                 num_tokens[request] = 1
                 step.token_budget -= 1
-            elif decode_first and not is_decode:
+            elif decode_first and request.num_uncomputed_tokens != 1:
                 prefills.append(request)
             else:
                 self._continue(request, step)
@@ -268,6 +276,8 @@ class Scheduler:
         num_tokens = step.num_tokens_for(request)
         if num_tokens and self._find_blocks(request, request.num_computed_tokens + num_tokens, step):
             step.give(request, num_tokens)
+            if request.num_tokens - request.num_computed_tokens == 1:
+                request.steady_until = min(self.block_manager.steady_until(request), request.max_num_tokens - 1)
 
     def _find_blocks(self, request: Request, num_tokens: int, step: StepDraft) -> bool:
         """Blocks for a running request, by the policy's means; False when it gets none and sits out the step."""
@@ -305,6 +315,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """Its blocks are free, and what it has computed is kept in host memory or forgotten."""
+        request.steady_until = 0
         if not self.block_manager.preempt(request, self.policy.preempt_by):
             request.num_computed_tokens = 0
 
@@ -483,7 +494,7 @@ class Scheduler:
         for request, num_tokens in step.num_tokens.items():
             start = request.num_computed_tokens
             # Who has its last token pending is in no step, so these are all that it has.
-            needs_sample = start + num_tokens == len(request.token_ids) + request.num_pending_tokens
+            needs_sample = start < request.steady_until or start + num_tokens == request.num_tokens
             scheduled.append(make_scheduled((request, start, num_tokens, needs_sample)))
         return StepPlan(
             tuple(scheduled),

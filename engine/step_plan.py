@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from pagedattn.engine.block_manager import BlockTransfers
@@ -28,7 +28,7 @@ class ScheduledRequest(NamedTuple):
 make_scheduled = partial(tuple.__new__, ScheduledRequest)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepPlan:
     """What one step computes. ``num_padding_tokens`` rows more belong to nobody (docs/architecture.md, "Padding").
 
@@ -46,12 +46,12 @@ class StepPlan:
     def num_seqs(self) -> int:
         return len(self.scheduled)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens of requests; the padding is not counted."""
         return sum([num_tokens for _, _, num_tokens, _ in self.scheduled])
 
-    @property
+    @cached_property
     def sampled_requests(self) -> list[Request]:
         """The requests that get a token, in the order of the rows of logits."""
         return [request for request, _, _, needs_sample in self.scheduled if needs_sample]
