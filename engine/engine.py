@@ -256,7 +256,7 @@ class Engine:
                 self._queue_bound.observe(now, self.scheduler.queue_size)
             dropped = dict.fromkeys(self._drop(request, now) for request in plan.dropped)
             outputs += [group.build() for group in dropped]
-            if plan.scheduled:
+            if plan.requests:
                 self._launch(plan, with_usage)
                 num_left_running = int(self.config.async_scheduling and not self._must_drain)
             else:  # whoever was left has been dropped, or has only its last token to come
@@ -282,7 +282,7 @@ class Engine:
         self._launched.append(LaunchedStep(plan, running, usage))
         for request in plan.sampled_requests:
             request.num_pending_tokens += 1
-        self.scheduler.advance(*plan.scheduled)
+        self.scheduler.advance(*plan.rows())
 
     def _finish_next(self) -> StepResult:
         """Wait for the step that was launched first, give its requests their tokens, and let those go that end."""
@@ -316,8 +316,8 @@ class Engine:
         self._pop_launched()
         now = self.clock()
         updated: dict[OutputGroup, None] = {}  # ordered
-        for scheduled in step.plan.scheduled:
-            builder = self._outputs.find(scheduled.request)
+        for request in step.plan.requests:
+            builder = self._outputs.find(request)
             if builder is not None:
                 self._end(builder, "error", now, message)
                 updated[builder.group] = None

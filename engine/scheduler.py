@@ -12,7 +12,7 @@ policy bounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pagedattn.engine.block_manager import BlockManager, CachedPrefix
@@ -26,7 +26,7 @@ from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.queue_bound import QueueSize
 from pagedattn.engine.request import Request
 from pagedattn.engine.step_draft import StepDraft
-from pagedattn.engine.step_plan import ScheduledRequest, StepPlan, make_scheduled
+from pagedattn.engine.step_plan import StepPlan
 
 
 class RequestRejectedError(ValueError):
@@ -141,9 +141,9 @@ class Scheduler:
         self._deadlines.end_step(now, is_empty=not step.num_tokens)
         return self._plan(step)
 
-    def advance(self, *scheduled: ScheduledRequest) -> None:
-        """The step runs: for every later one these tokens are in the cache. The token that follows is the request's,
-        known or pending."""
+    def advance(self, *scheduled: tuple[Request, int, int, bool]) -> None:
+        """The step runs: for every later one the tokens of these rows of its plan are in the cache. The token that
+        follows is the request's, known or pending."""
         accounts = self.waiting.accounts
         for request, start, num_tokens, needs_sample in scheduled:
             request.num_computed_tokens = num_computed = start + num_tokens
@@ -197,7 +197,7 @@ class Scheduler:
     def block_usage(self, plan: StepPlan | None = None) -> BlockUsage:
         """The blocks now, or with the tokens of ``plan`` in them."""
         block_size, num_unfilled_slots = self.block_manager.block_size, self.block_manager.num_unfilled_slots
-        num_planned = {item.request: item.num_tokens for item in plan.scheduled} if plan is not None else {}
+        num_planned = dict(zip(plan.requests, plan.query_lens, strict=True)) if plan is not None else {}
         wasted = [
             num_unfilled_slots(request, request.num_computed_tokens + num_planned.get(request, 0))
             for request in self.running
@@ -490,23 +490,26 @@ class Scheduler:
     # The plan
 
     def _plan(self, step: StepDraft) -> StepPlan:
-        scheduled = []
-        for request, num_tokens in step.num_tokens.items():
-            start = request.num_computed_tokens
-            # Who has its last token pending is in no step, so these are all that it has.
-            needs_sample = start < request.steady_until or start + num_tokens == request.num_tokens
-            scheduled.append(make_scheduled((request, start, num_tokens, needs_sample)))
+        requests, query_lens = tuple(step.num_tokens), tuple(step.num_tokens.values())
+        starts = [request.num_computed_tokens for request in requests]
+        # Who has its last token pending is in no step, so these are all that it has.
+        needs_sample = [
+            start < request.steady_until or start + query_len == request.num_tokens
+            for request, start, query_len in zip(requests, starts, query_lens, strict=True)
+        ]
         return StepPlan(
-            tuple(scheduled),
-            num_padding_tokens=self._num_padding_tokens(step.num_tokens.values()),
+            requests,
+            starts,
+            query_lens,
+            needs_sample,
+            num_padding_tokens=self._num_padding_tokens(query_lens),
             preempted=tuple(step.preempted),
             dropped=tuple(step.dropped),
             transfers=self.block_manager.take_transfers(),
         )
 
-    def _num_padding_tokens(self, num_tokens: Iterable[int]) -> int:
+    def _num_padding_tokens(self, query_lens: Sequence[int]) -> int:
         """Rows that make the step a rectangle: every row of the batch, ended ones too, as long as the longest."""
         if not self.policy.pad:
             return 0
-        counts = list(num_tokens)
-        return (len(self.running) + len(self.lingering)) * max(counts, default=0) - sum(counts)
+        return (len(self.running) + len(self.lingering)) * max(query_lens, default=0) - sum(query_lens)
