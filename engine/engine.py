@@ -240,7 +240,7 @@ class Engine:
         return self._monitor.alerts_of(now, interval)
 
     def _shed(self, request: Request, now: float) -> OutputGroup:
-        builder = self._outputs.builders[request.request_id]
+        builder = self._outputs.builders[request]
         message = f"shed under pressure: priority {request.scheduling.priority} was the lowest that waited"
         self._end(builder, "shed", now, message)
         return builder.group
@@ -317,7 +317,7 @@ class Engine:
         now = self.clock()
         updated: dict[OutputGroup, None] = {}  # ordered
         for request in step.plan.requests:
-            builder = self._outputs.find(request)
+            builder = self._outputs.builders.get(request)
             if builder is not None:
                 self._end(builder, "error", now, message)
                 updated[builder.group] = None
@@ -341,7 +341,7 @@ class Engine:
         self._outputs.end(builder, reason, now, error)
 
     def _drop(self, request: Request, now: float) -> OutputGroup:
-        builder = self._outputs.builders[request.request_id]
+        builder = self._outputs.builders[request]
         waited = now - request.arrival_time
         limits = request.scheduling
         self._end(
@@ -391,7 +391,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Every block is free or held by one running request; without requests all are free. Raises AssertionError."""
         self.scheduler.check_integrity()
-        known = {request.request_id for request in (*self.scheduler.waiting, *self.scheduler.running)}
+        known = {*self.scheduler.waiting, *self.scheduler.running}
         assert known == set(self._outputs.builders), f"{known ^ set(self._outputs.builders)} are known to one side only"
         if not known:
             num_used = self.block_manager.num_used + self.block_manager.swap_space.num_used

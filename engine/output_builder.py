@@ -113,8 +113,7 @@ class OutputBuilder:
         if self.finish_reason is None and len(request.token_ids) >= request.max_num_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None and self._detokenizer is not None:
-            self.complete_text()
-            self._detokenizer.flush()
+            self._detokenizer.flush(self._take_unseen())
 
     @property
     def _may_stop(self) -> bool:
@@ -122,18 +121,20 @@ class OutputBuilder:
         return len(request.token_ids) - request.num_prompt_tokens > request.params.min_tokens
 
     def complete_text(self) -> None:
-        """The sequence has ended: add the text of tokens that were not looked at before."""
-        detokenizer, request = self._detokenizer, self.request
-        if detokenizer is None:
-            return
+        """The sequence was ended from outside: add the text of tokens that were not looked at before."""
+        if self._detokenizer is not None:
+            for token_id in self._take_unseen():
+                self._detokenizer.append(token_id, may_stop=False)
+
+    def _take_unseen(self) -> list[int]:
+        """Tokens whose text is to be made yet; from now on they count as seen."""
+        request = self.request
         num_text_tokens = len(request.token_ids) - request.num_prompt_tokens
         ends_by_id = self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
         if ends_by_id and not request.params.include_stop_str_in_output:
             num_text_tokens -= 1  # a stop token's text does not appear
-        first = request.num_prompt_tokens + self._num_detokenized
-        for token_id in request.token_ids[first : request.num_prompt_tokens + num_text_tokens]:
-            detokenizer.append(token_id, may_stop=False)
-        self._num_detokenized = num_text_tokens
+        first, self._num_detokenized = request.num_prompt_tokens + self._num_detokenized, num_text_tokens
+        return request.token_ids[first : request.num_prompt_tokens + num_text_tokens]
 
     def build(self, index: int) -> CompletionOutput:
         """The sequence as it stands; what is new in it counts as handed out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
@@ -25,19 +26,20 @@ def sequence_id(request_id: str, index: int) -> str:
 
 
 class OutputProcessor:
-    """``groups`` by request, ``builders`` by sequence, of which a request has one or more; both of unfinished ones."""
+    """``groups`` by request id, ``builders`` by sequence, one or more of a request; both of unfinished ones."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int]) -> None:
         self.groups: dict[str, OutputGroup] = {}
-        self.builders: dict[str, OutputBuilder] = {}
+        self.builders: dict[Request, OutputBuilder] = {}
         self.recorder = StatsRecorder()
         self._last_time = math.nan  # when the step before handed out its tokens
+        self._sequence_ids: set[str] = set()  # of those in builders
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
 
     def is_in_use(self, request_id: str, num_sequences: int) -> bool:
         names = (sequence_id(request_id, index) for index in range(num_sequences))
-        return request_id in self.groups or any(name in self.builders for name in names)
+        return request_id in self.groups or any(name in self._sequence_ids for name in names)
 
     def make_builders(self, group: OutputGroup, sequences: Sequence[Request]) -> list[OutputBuilder]:
         """Of a request that is not known yet. The tokenizer may raise here."""
@@ -45,14 +47,10 @@ class OutputProcessor:
 
     def add(self, group: OutputGroup, builders: Sequence[OutputBuilder]) -> None:
         for builder in builders:
-            self.builders[builder.request.request_id] = builder
+            self.builders[builder.request] = builder
+            self._sequence_ids.add(builder.request.request_id)
         self.groups[group.request_id] = group
         self.recorder.num_prompt_tokens += builders[0].request.num_prompt_tokens
-
-    def find(self, request: Request) -> OutputBuilder | None:
-        """None when it has ended, even if another of its name is there since."""
-        builder = self.builders.get(request.request_id)
-        return builder if builder is not None and builder.request is request else None
 
     def accept(
         self, requests: Sequence[Request], token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs], now: float
@@ -63,10 +61,9 @@ class OutputProcessor:
         """
         updated, builders, recorder = [], self.builders, self.recorder
         last_time, num_steady = self._last_time, 0  # who got a token the last time too
-        extras = map(logprobs.get, range(len(token_ids)))
-        for request, token_id, extra in zip(requests, token_ids, extras, strict=True):
-            builder = builders.get(request.request_id)
-            if builder is None or builder.request is not request:  # it has ended before; the token is nobody's
+        extras = map(logprobs.get, range(len(token_ids))) if logprobs else repeat(None, len(token_ids))
+        for builder, token_id, extra in zip(map(builders.get, requests), token_ids, extras, strict=True):
+            if builder is None:  # the request has ended before; the token is nobody's
                 continue
             if token_id < 0:
                 builder.finish_reason, builder.error = "error", NO_FINITE_LOGITS
@@ -75,7 +72,7 @@ class OutputProcessor:
             try:
                 builder.append(token_id, extra)
             except Exception as error:  # a tokenizer that chokes on one request's tokens is not the others' concern
-                logger.debug("request %s could not take its token", request.request_id, exc_info=error)
+                logger.debug("request %s could not take its token", builder.request.request_id, exc_info=error)
                 builder.finish_reason, builder.error = "error", f"detokenizing failed: {type(error).__name__}: {error}"
             if builder.last_token_time == last_time:
                 num_steady += 1
@@ -111,7 +108,8 @@ class OutputProcessor:
         request.finished_time = now
         if reason not in ("stop", "length", "error"):  # these had their text made, or could not
             builder.complete_text()
-        del self.builders[request.request_id]
+        del self.builders[request]
+        self._sequence_ids.remove(request.request_id)
         if not builder.group.is_finished:
             return
         del self.groups[builder.group.request_id]
