@@ -111,6 +111,17 @@ class BlockManager:
         said."""
         return self._pool.num_changes
 
+    def least_uncomputed(self, holder: BlockHolder, num_tokens: int) -> int:
+        """Of ``num_tokens`` tokens of one who waits, how many it has to compute at least, as long as
+        ``finds_nothing_cached``."""
+        may_find = holder.siblings or holder.request_id in self.swap_space
+        return 1 if may_find else num_tokens
+
+    @property
+    def finds_nothing_cached(self) -> bool:
+        """No waiting request has the first block of its tokens, or any other, in the prefix cache."""
+        return not self._pool.num_found
+
     @property
     def capacity(self) -> int:
         """Tokens that all blocks together hold."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pagedattn.engine.block_manager import BlockManager, CachedPrefix
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.deadlines import DeadlineWatch
-from pagedattn.engine.fruitless_join import FruitlessJoin, JoinState
+from pagedattn.engine.fruitless_join import FruitlessJoin, JoinState, WaitingNeeds
 from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredictor
 from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
@@ -75,6 +75,7 @@ class Scheduler:
         self._num_queued = 0
         self._num_steps_without_join = 0
         self._is_closed = False  # after a preemption, until a running request has ended
+        self._needs = WaitingNeeds()
         self._fruitless: FruitlessJoin | None = None  # the last attempt to join, if nobody came or left since
 
     @classmethod
@@ -115,8 +116,7 @@ class Scheduler:
         self._number(request)
         self.waiting.add(request)  # first: a predictor may raise, and then nothing has happened
         self._fruitless = None
-        self.num_waiting_tokens += request.num_tokens
-        self.block_manager.expect(request)
+        self._note_waiting(request)
         self._deadlines.add(request)
 
     def schedule(self, now: float) -> StepPlan:
@@ -171,7 +171,7 @@ class Scheduler:
         self._deadlines.remove(request)
         self._fruitless = None
         if self.waiting.remove(request):
-            self.num_waiting_tokens -= request.num_tokens
+            self._note_not_waiting(request)
             self.block_manager.free(request)
             return
         self.running.remove(request)
@@ -224,6 +224,7 @@ class Scheduler:
         num_tokens = sum(request.num_tokens for request in waiting)
         assert num_tokens == self.num_waiting_tokens, f"{self.num_waiting_tokens} tokens said to wait, {num_tokens} do"
         assert not set(waiting) & set(self.running), "a request waits and runs"
+        self._needs.check_integrity(waiting)
         for request in waiting:
             assert not request.block_ids, f"{request} waits and holds blocks"
         for request in self.running:
@@ -309,8 +310,7 @@ class Scheduler:
             victim.queue_time = step.now
             self._number(victim)
         self.waiting.put_back(victim)
-        self.num_waiting_tokens += victim.num_tokens
-        self.block_manager.expect(victim)
+        self._note_waiting(victim)
         self._is_closed = self.policy.join_after_preemption == "when_one_ended"
 
     def _release(self, request: Request) -> None:
@@ -349,7 +349,7 @@ class Scheduler:
         min_joins = 0
         if self._num_steps_without_join + 1 < self.policy.join_patience:
             min_joins = int(len(self.running) * self.policy.join_ratio)
-        if min(len(self.waiting), self.max_num_seqs - len(self.running)) < min_joins:
+        if min(len(self.waiting), self.max_num_seqs - len(self.running), self._most_joins(step)) < min_joins:
             return
         state = JoinState(
             min_joins,
@@ -379,6 +379,13 @@ class Scheduler:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = step.now
                 self._count_cached(request)
+
+    def _most_joins(self, step: StepDraft) -> int:
+        """At most so many can join, by their tokens: one of them is cut to what is left, or begins the step."""
+        has_budget = self.policy.prefill in ("whole_within_budget", "chunked")
+        if not has_budget or not self.block_manager.finds_nothing_cached:
+            return len(self.waiting)
+        return 1 + self._needs.most_within(max(step.token_budget, 0))
 
     def _count_cached(self, request: Request) -> None:
         request.num_cached_tokens = request.num_computed_tokens
@@ -453,7 +460,7 @@ class Scheduler:
         return min(num_tokens, self.max_num_batched_tokens) if self.policy.takes_blocks_stepwise else num_tokens
 
     def _join(self, request: Request, num_tokens: int, step: StepDraft) -> None:
-        self.num_waiting_tokens -= request.num_tokens
+        self._note_not_waiting(request)
         self.running.append(request)
         step.joined.append(request)
         step.give(request, num_tokens)
@@ -467,8 +474,16 @@ class Scheduler:
         self._release(request)
         self.waiting.withdrawn(request)
         self.waiting.put_back(request)
+        self._note_waiting(request)
+
+    def _note_waiting(self, request: Request) -> None:
         self.num_waiting_tokens += request.num_tokens
+        self._needs.add(request, self.block_manager.least_uncomputed(request, request.num_uncomputed_tokens))
         self.block_manager.expect(request)
+
+    def _note_not_waiting(self, request: Request) -> None:
+        self.num_waiting_tokens -= request.num_tokens
+        self._needs.remove(request)
 
     def _number(self, request: Request) -> None:
         """Its place among requests of the same time: behind all that have one."""
