@@ -81,7 +81,7 @@ def make_engine(num_running: int, context: int) -> Engine:
     no_cache: Any = NoCache()
     tokenizer = Tokenizer.byte_level(VOCAB_SIZE)
     engine = Engine(NoModel(), no_cache, tokenizer, config, vocab_size=VOCAB_SIZE)
-    samples = torch.randint(0, 256, (num_running,))
+    samples = torch.randint(32, 127, (num_running,))  # each a character, so that streams have text at each step
 
     def compute(staged: Any) -> tuple[Tensor, Tensor, None]:
         return samples, samples[: len(staged.sample_indices)], None
