@@ -3,9 +3,10 @@
     python -m benchmarks.loop_cost [--running 1,16,64,256] [--context 128,4096] [--streamed] [--profile] [--json OUT]
 
 The model is replaced by tokens that are there at once, so that what is left is the host's: schedule, stage (what the
-device is told), finish (tokens to requests, stops, outputs), and the rest of ``Engine.step``. Nobody joins or leaves,
-and each sequence begins a block every 16 steps. Pure Python on one core: what bounds it is the number of sequences. It
-must not depend on their lengths. Medians over the steps; ends with one JSON line.
+device is told), finish (tokens to requests, stops, outputs), and the rest of ``Engine.step``. Each sequence begins a
+block every 16 steps. "steady": nobody joins or leaves; "turnover": at each step one ends, with its text made, and
+another joins with a prompt of 128 tokens. Pure Python on one core: what bounds it is the number of sequences. It must
+not depend on their lengths. Medians over the steps; ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pagedattn.engine.tokenizer import Tokenizer
 
 WARM_UP_STEPS, TIMED_STEPS = 40, 200
 VOCAB_SIZE = 49152
+TURNOVER_CONTEXT = 128  # what joins at each step has to fit in one
 PARTS = ("schedule", "launch", "finish")
 
 
@@ -58,6 +60,7 @@ class Cost:
     num_running: int
     context: int
     is_streamed: bool
+    has_turnover: bool
     step: float
     p99: float
     schedule: float
@@ -66,7 +69,7 @@ class Cost:
 
 
 def make_engine(num_running: int, context: int) -> Engine:
-    num_tokens = context + WARM_UP_STEPS + TIMED_STEPS + 20
+    num_tokens = context + max(WARM_UP_STEPS + TIMED_STEPS, num_running) + 20
     config = EngineConfig(
         num_blocks=num_running * (-(-num_tokens // 16) + 2),
         max_model_len=num_tokens,
@@ -78,7 +81,7 @@ def make_engine(num_running: int, context: int) -> Engine:
     no_cache: Any = NoCache()
     tokenizer = Tokenizer.byte_level(VOCAB_SIZE)
     engine = Engine(NoModel(), no_cache, tokenizer, config, vocab_size=VOCAB_SIZE)
-    samples = torch.randint(0, 256, (num_running,))
+    samples = torch.randint(32, 127, (num_running,))  # each a character, so that streams have text at each step
 
     def compute(staged: Any) -> tuple[Tensor, Tensor, None]:
         return samples, samples[: len(staged.sample_indices)], None
@@ -100,11 +103,20 @@ def timed(owner: Any, name: str, times: list[float]) -> None:
     setattr(owner, name, measured)
 
 
-def measure(num_running: int, context: int, is_streamed: bool, profile: cProfile.Profile | None = None) -> Cost:
+def measure(
+    num_running: int, context: int, is_streamed: bool, has_turnover: bool, profile: cProfile.Profile | None = None
+) -> Cost:
     engine = make_engine(num_running, context)
-    params = SamplingParams(temperature=0.6, max_tokens=WARM_UP_STEPS + TIMED_STEPS + 10, ignore_eos=True)
+
+    def add(max_tokens: int) -> None:
+        params = SamplingParams(temperature=0.6, max_tokens=max_tokens, ignore_eos=True)
+        engine.add_request([max_tokens % 256] * context, params, is_streamed=is_streamed)
+
     for index in range(num_running):
-        engine.add_request([index % 256] * context, params, is_streamed=is_streamed)
+        add(index + 1 if has_turnover else WARM_UP_STEPS + TIMED_STEPS + 10)
+    if has_turnover:
+        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+            add(num_running)
     for _ in range(WARM_UP_STEPS):
         engine.step(with_usage=False)
     parts: dict[str, list[float]] = {name: [] for name in PARTS}
@@ -119,13 +131,15 @@ def measure(num_running: int, context: int, is_streamed: bool, profile: cProfile
         start = time.perf_counter_ns()
         result = engine.step(with_usage=False)
         steps.append((time.perf_counter_ns() - start) / 1e3)
-        assert result.num_seqs == num_running
+        # Whose last token is to come is in no step, and who takes its place joins when it has come.
+        assert num_running - has_turnover <= result.num_seqs <= num_running, f"{result.num_seqs} in a step"
     if profile is not None:
         profile.disable()
     return Cost(
         num_running,
         context,
         is_streamed,
+        has_turnover,
         statistics.median(steps),
         statistics.quantiles(steps, n=100)[98],
         *(statistics.median(parts[name] or [0.0]) for name in PARTS),
@@ -140,17 +154,18 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print what the time goes to, by function")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    cases = [
-        (int(running), int(context)) for running in options.running.split(",") for context in options.context.split(",")
-    ]
+    all_running, contexts = ([int(one) for one in value.split(",")] for value in (options.running, options.context))
+    cases = [(running, context, False) for running in all_running for context in contexts]
+    cases += [(running, TURNOVER_CONTEXT, True) for running in all_running]
     profile = cProfile.Profile() if options.profile else None
-    print(f"{'running':>8}{'context':>8}{'step':>9}{'p99':>9}{'schedule':>10}{'launch':>9}{'finish':>9}  us")
+    print(f"{'case':<8}{'running':>8}{'context':>8}{'step':>9}{'p99':>9}{'schedule':>10}{'launch':>9}{'finish':>9}  us")
     costs = []
-    for running, context in cases:
-        cost = measure(running, context, options.streamed, profile)
+    for running, context, has_turnover in cases:
+        cost = measure(running, context, options.streamed, has_turnover, profile)
         costs.append(cost)
+        case = "turnover" if has_turnover else "steady"
         print(
-            f"{running:8}{context:8}{cost.step:9.0f}{cost.p99:9.0f}{cost.schedule:10.0f}{cost.launch:9.0f}"
+            f"{case:<8}{running:8}{context:8}{cost.step:9.0f}{cost.p99:9.0f}{cost.schedule:10.0f}{cost.launch:9.0f}"
             f"{cost.finish:9.0f}"
         )
     if profile is not None:

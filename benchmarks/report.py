@@ -55,9 +55,12 @@ def engine_block(document: dict[str, Any]) -> str:
 def loop_cost_block(document: dict[str, Any]) -> str:
     """The host's part of a decode step in Markdown."""
     parts = ("step", "schedule", "launch", "finish", "p99")
-    lines = ["| sequences | tokens of each | " + " | ".join(parts) + " |", "|---:|---:" + "|---:" * len(parts) + "|"]
+    headings = ("", "sequences", "tokens of each", *parts)
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
     lines += [
-        f"| {row['num_running']} | {row['context']} | " + " | ".join(f"{row[part]:.0f}" for part in parts) + " |"
+        f"| {'turnover' if row['has_turnover'] else 'steady'} | {row['num_running']} | {row['context']} | "
+        + " | ".join(f"{row[part]:.0f}" for part in parts)
+        + " |"
         for row in document["microseconds"]
     ]
     return "\n".join(lines) + "\n"

@@ -27,7 +27,7 @@ from pagedattn.engine.device_copies import ALIGNMENT, Upload
 from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.request import Request
 from pagedattn.engine.sampler import MAX_TOP_K, SamplingTensors
-from pagedattn.engine.step_plan import ScheduledRequest, StepPlan
+from pagedattn.engine.step_plan import StepPlan
 
 WordsT = TypeVar("WordsT", np.ndarray, Tensor)
 
@@ -131,20 +131,19 @@ class BatchState:
 
     def stage(self, plan: StepPlan) -> StagedStep:
         """Send what the step changes. Every token that it computes must be known, but for those that rows end with."""
-        scheduled = plan.scheduled
-        assert scheduled, "an empty plan has no batch"
+        requests, query_lens = plan.requests, plan.query_lens
+        assert requests, "an empty plan has no batch"
         moves: list[tuple[int, int]] = []
         indices: list[int] = []
         values: list[int] = []
-        rows = self._rows_of(scheduled)
+        rows = self._rows_of(requests)
         if rows is None:
-            moves = self._assign_rows(scheduled, indices, values)
-            rows = [self._row_of[item.request] for item in scheduled]
+            moves = self._assign_rows(requests, indices, values)
+            rows = [self._row_of[request] for request in requests]
         num_rows = len(self._requests)
 
         step_lens = self._step_lens
         step_lens.fill(0)
-        query_lens = [item.num_tokens for item in scheduled]
         step_lens[rows] = query_lens
         seq_lens = (self._num_computed + step_lens)[:num_rows]
         self._add_blocks(seq_lens, indices, values)
@@ -156,13 +155,13 @@ class BatchState:
         updates[1, len(indices) :] = step_lens[changed]
 
         max_query_len, max_seq_len = max(query_lens), int(seq_lens.max())
-        is_decode = max_query_len == 1 and not plan.num_padding_tokens and all(item[3] for item in scheduled)
+        is_decode = max_query_len == 1 and not plan.num_padding_tokens and all(plan.needs_sample)
         parts = [np.array(moves, dtype=np.int32).reshape(-1, 2).T, updates]
         num_samples, padded_size = 0, None
         if not is_decode:
             num_tokens = int(step_lens.sum()) + plan.num_padding_tokens
             padded_size = next((size for size in self._padded_sizes if size >= num_tokens), None)
-            words, num_samples = self._mixture_words(plan, rows, query_lens, padded_size or num_tokens)
+            words, num_samples = self._mixture_words(plan, rows, padded_size or num_tokens)
             parts.append(words)
         mixture: list[Tensor] = []
         if moves or updates.size or not is_decode:
@@ -230,34 +229,32 @@ class BatchState:
         """These rows (int64) end with other tokens than were accepted."""
         self._fields[Field.LAST_TOKEN].index_copy_(0, rows, token_ids.int())
 
-    def _rows_of(self, scheduled: Sequence[ScheduledRequest]) -> list[int] | None:
+    def _rows_of(self, requests: Sequence[Request]) -> list[int] | None:
         """None when a request has no row, or a row no request."""
-        if len(scheduled) != len(self._requests):
+        if len(requests) != len(self._requests):
             return None
         row_of = self._row_of
         try:
-            return [row_of[item[0]] for item in scheduled]
+            return [row_of[request] for request in requests]
         except KeyError:
             return None
 
-    def _assign_rows(
-        self, scheduled: Sequence[ScheduledRequest], indices: list[int], values: list[int]
-    ) -> list[tuple[int, int]]:
+    def _assign_rows(self, requests: Sequence[Request], indices: list[int], values: list[int]) -> list[tuple[int, int]]:
         """Rows for who came, none for who left; returns which rows move to which."""
-        present = {item.request for item in scheduled}
+        present = set(requests)
         gone = [request for request in self._requests if request not in present and _is_gone(request)]
         self.special.difference_update(gone)
         holes = sorted((self._row_of.pop(request) for request in gone), reverse=True)
-        for item in scheduled:
-            if item.request in self._row_of:
+        for request in requests:
+            if request in self._row_of:
                 continue
             if holes:
                 row = holes.pop()
-                self._requests[row] = item.request
+                self._requests[row] = request
             else:
                 row = len(self._requests)
-                self._requests.append(item.request)
-            self._add_row(row, item, indices, values)
+                self._requests.append(request)
+            self._add_row(row, request, indices, values)
         num_rows = len(self._requests) - len(holes)
         sources = [row for row in range(num_rows, len(self._requests)) if row not in holes]
         moves = list(zip(sources, (hole for hole in holes if hole < num_rows), strict=True))
@@ -271,18 +268,17 @@ class BatchState:
         self._num_computed[len(self._requests) :] = 0
         return moves
 
-    def _add_row(self, row: int, item: ScheduledRequest, indices: list[int], values: list[int]) -> None:
-        request = item.request
+    def _add_row(self, row: int, request: Request, indices: list[int], values: list[int]) -> None:
         assert not request.num_pending_tokens, f"{request} gets a row while its last token is not known"
         params = request.params
         if params.logprobs is not None or (params.min_tokens and request.stop_token_ids):
             self.special.add(request)
         self._row_of[request] = row
-        self._num_computed[row] = item.num_computed_tokens
+        self._num_computed[row] = request.num_computed_tokens
         self._num_blocks[row] = 0
         fields = {
             Field.LAST_TOKEN: request.token_ids[-1],
-            Field.NUM_COMPUTED: item.num_computed_tokens,
+            Field.NUM_COMPUTED: request.num_computed_tokens,
             Field.NUM_DRAWN: request.num_output_tokens,
             Field.SEED_LOW: _signed(request.seed),
             Field.SEED_HIGH: _signed(request.seed >> 32),
@@ -308,9 +304,7 @@ class BatchState:
                 new_ids = block_ids[first * num_groups + group :: num_groups]
                 values.extend([self._null_block if id_ == NO_BLOCK else id_ for id_ in new_ids])
 
-    def _mixture_words(
-        self, plan: StepPlan, rows: list[int], query_lens: list[int], num_tokens: int
-    ) -> tuple[np.ndarray, int]:
+    def _mixture_words(self, plan: StepPlan, rows: list[int], num_tokens: int) -> tuple[np.ndarray, int]:
         """The words of a ``Mixture`` of ``num_tokens``: where each row's tokens are, the samples' rows and logits,
         which tokens they are (-1: the row's last one); and the number of samples. What is nobody's is -1, or a place
         that exists."""
@@ -319,8 +313,7 @@ class BatchState:
         starts[0] = logits_indices[:] = 0
         np.cumsum(self._step_lens, out=starts[1:])
         sampled = []
-        for row, item, count in zip(rows, plan.scheduled, query_lens, strict=True):
-            request, start, _, needs_sample = item
+        for row, (request, start, count, needs_sample) in zip(rows, plan.rows(), strict=True):
             if needs_sample:
                 sampled.append(row)
             if count > 1 or not needs_sample:

@@ -111,6 +111,17 @@ class BlockManager:
         said."""
         return self._pool.num_changes
 
+    def least_uncomputed(self, holder: BlockHolder, num_tokens: int) -> int:
+        """Of ``num_tokens`` tokens of one who waits, how many it has to compute at least, as long as
+        ``finds_nothing_cached``."""
+        may_find = holder.siblings or holder.request_id in self.swap_space
+        return 1 if may_find else num_tokens
+
+    @property
+    def finds_nothing_cached(self) -> bool:
+        """No waiting request has the first block of its tokens, or any other, in the prefix cache."""
+        return not self._pool.num_found
+
     @property
     def capacity(self) -> int:
         """Tokens that all blocks together hold."""
@@ -190,6 +201,21 @@ class BlockManager:
             return False
         holder.block_ids += self._pool.allocate(num_missing)
         return True
+
+    def steady_until(self, holder: BlockHolder) -> int:
+        """The number of computed tokens at which ``ensure`` or ``commit`` has something to do for it again, when it
+        comes to it one by one."""
+        if holder.siblings:  # each of its tokens is a change
+            return 0
+        block_size, num_computed = self.block_size, holder.num_computed_tokens
+        until = len(holder.block_ids) // self.num_groups * block_size
+        if self.enable_prefix_caching:
+            until = min(until, (num_computed // block_size + 1) * block_size)
+        for window in self.windows if self._has_windows else ():
+            if window is not None:
+                num_unseen = first_seen_block(window, block_size, num_computed)
+                until = min(until, (num_unseen + 1) * block_size + window - 1)
+        return until
 
     def commit(self, holder: BlockHolder) -> None:
         """More tokens are computed or known: full blocks of known ones can be shared, and what no later token sees is

@@ -23,6 +23,7 @@ class BlockPool:
         self._cached_ids: OrderedDict[int, None] = OrderedDict()  # the one freed longest ago first
         self._wanted_ids: OrderedDict[int, None] = OrderedDict()  # likewise; cached, and a waiting request wants them
         self._num_wanting: dict[bytes, int] = {}  # waiting requests by the digest of a block that they will need
+        self.num_found = 0  # blocks that waiting requests want and that are cached
         self.num_changes = 0  # of what waiting requests could find: grows when it may be another
 
     @property
@@ -72,6 +73,7 @@ class BlockPool:
     def cache(self, block_id: int, node: PrefixNode, group: int) -> None:
         """The block holds the node's tokens from now on, unless another block of the group does already."""
         if node.block_ids[group] == NO_BLOCK and self._nodes[block_id] is None:
+            self.num_found += not node.has_block and node.digest in self._num_wanting
             node.block_ids[group] = block_id
             self._nodes[block_id] = node
 
@@ -97,6 +99,7 @@ class BlockPool:
             self._num_wanting[digest] = count + 1
             if count == 0:
                 self._move(digest, self._cached_ids, self._wanted_ids)
+                self.num_found += self._is_cached(digest)
 
     def unwant(self, digests: Iterable[bytes]) -> None:
         """Takes one ``want`` of the same digests back."""
@@ -105,6 +108,7 @@ class BlockPool:
             if self._num_wanting[digest] == 0:
                 del self._num_wanting[digest]
                 self._move(digest, self._wanted_ids, self._cached_ids)
+                self.num_found -= self._is_cached(digest)
 
     def note_change(self, digest: bytes | None) -> None:
         """The block of this digest came, went, or is computed by somebody else or nobody now."""
@@ -130,15 +134,22 @@ class BlockPool:
             (block_id, id(node)) for node in self.tree.nodes.values() for block_id in node.block_ids if block_id >= 0
         }
         assert cached == known, "the tree and the blocks disagree on what is cached"
+        num_found = sum(map(self._is_cached, self._num_wanting))
+        assert num_found == self.num_found, f"{self.num_found} wanted blocks said to be cached, {num_found} are"
 
     def _free_list(self, node: PrefixNode) -> OrderedDict[int, None]:
         return self._wanted_ids if node.digest in self._num_wanting else self._cached_ids
+
+    def _is_cached(self, digest: bytes) -> bool:
+        node = self.tree.nodes.get(digest)
+        return node is not None and node.has_block
 
     def _forget_node(self, block_id: int) -> None:
         node = self._nodes[block_id]
         assert node is not None
         node.block_ids[node.block_ids.index(block_id)] = NO_BLOCK
         self._nodes[block_id] = None
+        self.num_found -= not node.has_block and node.digest in self._num_wanting
         self.note_change(node.digest)
         self.tree.prune(node)
 

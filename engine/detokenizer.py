@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pagedattn.engine.sampling_params import SamplingParams
@@ -31,9 +32,10 @@ class Detokenizer:
                 return len(self.text) - length
         return len(self.text)
 
-    def flush(self) -> None:
-        """After the last token: add what was held back as incomplete, without the half of a character at its end."""
-        self.text += self._stream.flush().rstrip("\N{REPLACEMENT CHARACTER}")
+    def flush(self, last_token_ids: Sequence[int] = ()) -> None:
+        """The end: add the last tokens and what was held back as incomplete, without the half of a character at its
+        end. Stop strings in that are ordinary text."""
+        self.text += self._stream.flush(last_token_ids).rstrip("\N{REPLACEMENT CHARACTER}")
 
     def append(self, token_id: int, *, may_stop: bool = True) -> str | None:
         """Add a token; returns the stop string that its text completes, if any, and cuts the text there.

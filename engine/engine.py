@@ -240,7 +240,7 @@ class Engine:
         return self._monitor.alerts_of(now, interval)
 
     def _shed(self, request: Request, now: float) -> OutputGroup:
-        builder = self._outputs.builders[request.request_id]
+        builder = self._outputs.builders[request]
         message = f"shed under pressure: priority {request.scheduling.priority} was the lowest that waited"
         self._end(builder, "shed", now, message)
         return builder.group
@@ -256,7 +256,7 @@ class Engine:
                 self._queue_bound.observe(now, self.scheduler.queue_size)
             dropped = dict.fromkeys(self._drop(request, now) for request in plan.dropped)
             outputs += [group.build() for group in dropped]
-            if plan.scheduled:
+            if plan.requests:
                 self._launch(plan, with_usage)
                 num_left_running = int(self.config.async_scheduling and not self._must_drain)
             else:  # whoever was left has been dropped, or has only its last token to come
@@ -282,7 +282,7 @@ class Engine:
         self._launched.append(LaunchedStep(plan, running, usage))
         for request in plan.sampled_requests:
             request.num_pending_tokens += 1
-        self.scheduler.advance(*plan.scheduled)
+        self.scheduler.advance(*plan.rows())
 
     def _finish_next(self) -> StepResult:
         """Wait for the step that was launched first, give its requests their tokens, and let those go that end."""
@@ -296,17 +296,15 @@ class Engine:
             return self._fail(step, error)
         self._pop_launched()
         now = self.clock()
-        accepted = self._outputs.accept(step.plan.sampled_requests, token_ids, logprobs, now)
-        self.scheduler.learn(builder.request for builder in accepted)
-        updated: dict[OutputGroup, None] = {}  # ordered
-        for builder in accepted:
+        sampled = step.plan.sampled_requests
+        builders = self._outputs.accept(sampled, token_ids, logprobs, now)
+        self.scheduler.learn(sampled)
+        for builder in builders:
             if builder.finish_reason is not None:
                 if builder.error == NO_FINITE_LOGITS:  # its keys and values may be NaN too: nobody shall share them
                     self.block_manager.disown(builder.request)
                 self._end(builder, builder.finish_reason, now)
-                updated[builder.group] = None
-            elif builder.group.is_streamed:
-                updated[builder.group] = None
+        updated = dict.fromkeys(builder.group for builder in builders)  # ordered
         return self._result(step, updated)
 
     def _fail(self, step: LaunchedStep, error: Exception) -> StepResult:
@@ -318,8 +316,8 @@ class Engine:
         self._pop_launched()
         now = self.clock()
         updated: dict[OutputGroup, None] = {}  # ordered
-        for scheduled in step.plan.scheduled:
-            builder = self._outputs.find(scheduled.request)
+        for request in step.plan.requests:
+            builder = self._outputs.builders.get(request)
             if builder is not None:
                 self._end(builder, "error", now, message)
                 updated[builder.group] = None
@@ -343,7 +341,7 @@ class Engine:
         self._outputs.end(builder, reason, now, error)
 
     def _drop(self, request: Request, now: float) -> OutputGroup:
-        builder = self._outputs.builders[request.request_id]
+        builder = self._outputs.builders[request]
         waited = now - request.arrival_time
         limits = request.scheduling
         self._end(
@@ -393,7 +391,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Every block is free or held by one running request; without requests all are free. Raises AssertionError."""
         self.scheduler.check_integrity()
-        known = {request.request_id for request in (*self.scheduler.waiting, *self.scheduler.running)}
+        known = {*self.scheduler.waiting, *self.scheduler.running}
         assert known == set(self._outputs.builders), f"{known ^ set(self._outputs.builders)} are known to one side only"
         if not known:
             num_used = self.block_manager.num_used + self.block_manager.swap_space.num_used

@@ -1,15 +1,51 @@
-"""``FruitlessJoin``: an attempt of waiting requests to join that came to nothing, so that it is not made again in vain.
+"""Attempts of waiting requests to join that come to nothing, so that they are not made in vain.
 
 An attempt gives blocks to those who are next, and takes them back when they are too few for the policy, or the first
-does not fit. Under a policy that wants many newcomers at once that would be done at nearly every step.
+does not fit. Under a policy that wants many newcomers at once that would be done at nearly every step. ``WaitingNeeds``
+tells beforehand that the budget can not do for so many, whoever they are; ``FruitlessJoin`` remembers an attempt.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 from pagedattn.engine.request import Request
 from pagedattn.engine.waiting_queue import WaitingQueue
+
+
+class WaitingNeeds:
+    """Of those who wait, how many need how many tokens, up to a factor of two."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}  # by the least power of two that is more than they need
+        self._bits: dict[Request, int] = {}
+
+    def add(self, request: Request, num_tokens: int) -> None:
+        """It would take at least ``num_tokens`` of a step's budget."""
+        bits = self._bits[request] = num_tokens.bit_length()
+        self._counts[bits] = self._counts.get(bits, 0) + 1
+
+    def remove(self, request: Request) -> None:
+        self._counts[self._bits.pop(request)] -= 1
+
+    def most_within(self, budget: int) -> int:
+        """At most so many of them can have what they need."""
+        most = 0
+        for bits in sorted(self._counts):
+            num_tokens = 1 << bits >> 1
+            if self._counts[bits] * num_tokens > budget:
+                return most + budget // num_tokens
+            most += self._counts[bits]
+            budget -= self._counts[bits] * num_tokens
+        return most
+
+    def check_integrity(self, waiting: Collection[Request]) -> None:
+        """They are counted, and nobody else. Raises AssertionError."""
+        assert set(self._bits) == set(waiting), "who waits and whose needs are known are not the same"
+        counts = {bits: count for bits, count in self._counts.items() if count}
+        assert counts == Counter(self._bits.values()), "needs are miscounted"
 
 
 class JoinState(NamedTuple):

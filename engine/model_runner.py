@@ -139,7 +139,7 @@ class ModelRunner:
         requests = [Request(str(i), [0] * num_tokens, params, max_num_tokens=num_tokens + 2) for i in range(num_seqs)]
         for request in requests:
             request.block_ids = [0] * (-(-num_tokens // self.state.block_size) * self.state.num_groups)
-        self.launch(StepPlan(tuple(ScheduledRequest(request, 0, num_tokens, True) for request in requests))).wait()
+        self.launch(StepPlan.of(ScheduledRequest(request, 0, num_tokens, True) for request in requests)).wait()
         self.state.release()
 
     @torch.inference_mode()

@@ -80,9 +80,11 @@ class OutputBuilder:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._detokenizer = Detokenizer(tokenizer, request.params) if request.params.detokenize else None
+        self.is_streamed = group.is_streamed
         self._is_text_due = group.is_streamed or bool(request.params.stop_strings)
         self._num_detokenized = 0
         self._logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
+        self._looks_at_each = self._logprobs is not None or (self._is_text_due and self._detokenizer is not None)
         self._cumulative_logprob = 0.0
         self._num_emitted_chars = 0
         self._num_emitted_tokens = 0
@@ -93,6 +95,12 @@ class OutputBuilder:
         token_ids = request.token_ids
         token_ids.append(token_id)
         request.num_pending_tokens -= 1
+        if self._looks_at_each or len(token_ids) >= request.max_num_tokens or token_id in request.stop_token_ids:
+            self._look_at(token_id, logprobs)
+
+    def _look_at(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """The last token may end the sequence, or something is to be made of it at once."""
+        request = self.request
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(self._decode_logprobs(token_id, logprobs))
             self._cumulative_logprob += logprobs.logprob
@@ -102,11 +110,10 @@ class OutputBuilder:
             self.finish_reason, self.stop_reason = "stop", None if is_eos else token_id
         if self._is_text_due and self._detokenizer is not None and self._is_cut_by(self._detokenizer):
             return
-        if self.finish_reason is None and len(token_ids) >= request.max_num_tokens:
+        if self.finish_reason is None and len(request.token_ids) >= request.max_num_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None and self._detokenizer is not None:
-            self.complete_text()
-            self._detokenizer.flush()
+            self._detokenizer.flush(self._take_unseen())
 
     @property
     def _may_stop(self) -> bool:
@@ -114,18 +121,20 @@ class OutputBuilder:
         return len(request.token_ids) - request.num_prompt_tokens > request.params.min_tokens
 
     def complete_text(self) -> None:
-        """The sequence has ended: add the text of tokens that were not looked at before."""
-        detokenizer, request = self._detokenizer, self.request
-        if detokenizer is None:
-            return
+        """The sequence was ended from outside: add the text of tokens that were not looked at before."""
+        if self._detokenizer is not None:
+            for token_id in self._take_unseen():
+                self._detokenizer.append(token_id, may_stop=False)
+
+    def _take_unseen(self) -> list[int]:
+        """Tokens whose text is to be made yet; from now on they count as seen."""
+        request = self.request
         num_text_tokens = len(request.token_ids) - request.num_prompt_tokens
         ends_by_id = self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
         if ends_by_id and not request.params.include_stop_str_in_output:
             num_text_tokens -= 1  # a stop token's text does not appear
-        first = request.num_prompt_tokens + self._num_detokenized
-        for token_id in request.token_ids[first : request.num_prompt_tokens + num_text_tokens]:
-            detokenizer.append(token_id, may_stop=False)
-        self._num_detokenized = num_text_tokens
+        first, self._num_detokenized = request.num_prompt_tokens + self._num_detokenized, num_text_tokens
+        return request.token_ids[first : request.num_prompt_tokens + num_text_tokens]
 
     def build(self, index: int) -> CompletionOutput:
         """The sequence as it stands; what is new in it counts as handed out."""

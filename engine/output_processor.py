@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from pagedattn.engine.output_builder import OutputBuilder, OutputGroup
@@ -25,19 +26,20 @@ def sequence_id(request_id: str, index: int) -> str:
 
 
 class OutputProcessor:
-    """``groups`` by request, ``builders`` by sequence, of which a request has one or more; both of unfinished ones."""
+    """``groups`` by request id, ``builders`` by sequence, one or more of a request; both of unfinished ones."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int]) -> None:
         self.groups: dict[str, OutputGroup] = {}
-        self.builders: dict[str, OutputBuilder] = {}
+        self.builders: dict[Request, OutputBuilder] = {}
         self.recorder = StatsRecorder()
         self._last_time = math.nan  # when the step before handed out its tokens
+        self._sequence_ids: set[str] = set()  # of those in builders
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
 
     def is_in_use(self, request_id: str, num_sequences: int) -> bool:
         names = (sequence_id(request_id, index) for index in range(num_sequences))
-        return request_id in self.groups or any(name in self.builders for name in names)
+        return request_id in self.groups or any(name in self._sequence_ids for name in names)
 
     def make_builders(self, group: OutputGroup, sequences: Sequence[Request]) -> list[OutputBuilder]:
         """Of a request that is not known yet. The tokenizer may raise here."""
@@ -45,49 +47,53 @@ class OutputProcessor:
 
     def add(self, group: OutputGroup, builders: Sequence[OutputBuilder]) -> None:
         for builder in builders:
-            self.builders[builder.request.request_id] = builder
+            self.builders[builder.request] = builder
+            self._sequence_ids.add(builder.request.request_id)
         self.groups[group.request_id] = group
         self.recorder.num_prompt_tokens += builders[0].request.num_prompt_tokens
 
-    def find(self, request: Request) -> OutputBuilder | None:
-        """None when it has ended, even if another of its name is there since."""
-        builder = self.builders.get(request.request_id)
-        return builder if builder is not None and builder.request is request else None
-
     def accept(
-        self, requests: Iterable[Request], token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs], now: float
+        self, requests: Sequence[Request], token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs], now: float
     ) -> list[OutputBuilder]:
         """Give requests their tokens, -1 where none could be sampled, and what they asked for beside, by their place.
 
-        Returns the builders of those that have not ended before; who ends now has a ``finish_reason``.
+        Returns the builders of those that clients are to hear of: who is streamed, and who has a ``finish_reason`` now.
         """
-        accepted, builders, recorder = [], self.builders, self.recorder
+        updated, builders, recorder = [], self.builders, self.recorder
         last_time, num_steady = self._last_time, 0  # who got a token the last time too
-        for place, (request, token_id) in enumerate(zip(requests, token_ids, strict=True)):
-            builder = builders.get(request.request_id)
-            if builder is None or builder.request is not request:  # the token is nobody's
+        extras = map(logprobs.get, range(len(token_ids))) if logprobs else repeat(None, len(token_ids))
+        for builder, token_id, extra in zip(map(builders.get, requests), token_ids, extras, strict=True):
+            if builder is None:  # the request has ended before; the token is nobody's
                 continue
-            accepted.append(builder)
             if token_id < 0:
                 builder.finish_reason, builder.error = "error", NO_FINITE_LOGITS
+                updated.append(builder)
                 continue
             try:
-                builder.append(token_id, logprobs.get(place))
+                builder.append(token_id, extra)
             except Exception as error:  # a tokenizer that chokes on one request's tokens is not the others' concern
-                logger.debug("request %s could not take its token", request.request_id, exc_info=error)
+                logger.debug("request %s could not take its token", builder.request.request_id, exc_info=error)
                 builder.finish_reason, builder.error = "error", f"detokenizing failed: {type(error).__name__}: {error}"
-            recorder.num_generated_tokens += 1
             if builder.last_token_time == last_time:
                 num_steady += 1
-            elif builder.last_token_time is not None:
-                recorder.inter_token_latencies.append(now - builder.last_token_time)
             else:
-                self._note_first_token(request, now)
+                self._note_late_token(builder, now)
             builder.last_token_time = now
+            if builder.is_streamed or builder.finish_reason is not None:
+                updated.append(builder)
         if num_steady:
             recorder.inter_token_latencies.append(now - last_time, num_steady)
+            recorder.num_generated_tokens += num_steady
         self._last_time = now
-        return accepted
+        return updated
+
+    def _note_late_token(self, builder: OutputBuilder, now: float) -> None:
+        """A sequence's first token, or the first one after steps that it sat out."""
+        self.recorder.num_generated_tokens += 1
+        if builder.last_token_time is not None:
+            self.recorder.inter_token_latencies.append(now - builder.last_token_time)
+        else:
+            self._note_first_token(builder.request, now)
 
     def _note_first_token(self, request: Request, now: float) -> None:
         request.first_token_time = now
@@ -102,7 +108,8 @@ class OutputProcessor:
         request.finished_time = now
         if reason not in ("stop", "length", "error"):  # these had their text made, or could not
             builder.complete_text()
-        del self.builders[request.request_id]
+        del self.builders[request]
+        self._sequence_ids.remove(request.request_id)
         if not builder.group.is_finished:
             return
         del self.groups[builder.group.request_id]

@@ -79,7 +79,7 @@ def _compute(runner: ModelRunner, manager: BlockManager, max_step_tokens: int, n
         count = min(request.num_uncomputed_tokens, max_step_tokens)
         fits = manager.ensure(request, start + count)
         assert fits, f"{manager.num_blocks} blocks do not hold {num_tokens} tokens"
-        plan = StepPlan((ScheduledRequest(request, start, count, count == request.num_uncomputed_tokens),))
+        plan = StepPlan.of([ScheduledRequest(request, start, count, count == request.num_uncomputed_tokens)])
         runner.launch(plan).wait()
         request.num_computed_tokens += count
         manager.commit(request)

@@ -63,8 +63,13 @@ class PrefixNode:
         self.block_ids = [NO_BLOCK] * num_groups
 
     @property
+    def has_block(self) -> bool:
+        """Whether any group has it cached."""
+        return any(block_id != NO_BLOCK for block_id in self.block_ids)
+
+    @property
     def is_needed(self) -> bool:
-        return self.num_dependents > 0 or any(block_id != NO_BLOCK for block_id in self.block_ids)
+        return self.num_dependents > 0 or self.has_block
 
 
 class PrefixTree:

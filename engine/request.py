@@ -24,7 +24,8 @@ class Request:
 
     The scheduler's own: ``queue_time`` and ``queue_number`` are its place in line, by time and among equal times;
     ``num_overtaken`` counts who joined past it; ``expected_output_tokens`` is an estimate, None until somebody asked;
-    ``is_billed`` says that its client was charged for the prompt.
+    ``is_billed`` says that its client was charged for the prompt. While it has computed fewer than ``steady_until``
+    tokens it decodes, and all that a step has to do for it is to give it one token.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Request:
         self.num_overtaken = 0
         self.expected_output_tokens: float | None = None
         self.is_billed = False
+        self.steady_until = 0
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
         self.finished_time: float | None = None

@@ -12,13 +12,13 @@ policy bounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pagedattn.engine.block_manager import BlockManager, CachedPrefix
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.deadlines import DeadlineWatch
-from pagedattn.engine.fruitless_join import FruitlessJoin, JoinState
+from pagedattn.engine.fruitless_join import FruitlessJoin, JoinState, WaitingNeeds
 from pagedattn.engine.length_predictor import LengthPredictor, MeanLengthPredictor
 from pagedattn.engine.orders import ORDERS, QueueOrder, make_queue, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
@@ -26,7 +26,7 @@ from pagedattn.engine.prefix_tree import NO_BLOCK
 from pagedattn.engine.queue_bound import QueueSize
 from pagedattn.engine.request import Request
 from pagedattn.engine.step_draft import StepDraft
-from pagedattn.engine.step_plan import ScheduledRequest, StepPlan, make_scheduled
+from pagedattn.engine.step_plan import StepPlan
 
 
 class RequestRejectedError(ValueError):
@@ -75,6 +75,7 @@ class Scheduler:
         self._num_queued = 0
         self._num_steps_without_join = 0
         self._is_closed = False  # after a preemption, until a running request has ended
+        self._needs = WaitingNeeds()
         self._fruitless: FruitlessJoin | None = None  # the last attempt to join, if nobody came or left since
 
     @classmethod
@@ -115,8 +116,7 @@ class Scheduler:
         self._number(request)
         self.waiting.add(request)  # first: a predictor may raise, and then nothing has happened
         self._fruitless = None
-        self.num_waiting_tokens += request.num_tokens
-        self.block_manager.expect(request)
+        self._note_waiting(request)
         self._deadlines.add(request)
 
     def schedule(self, now: float) -> StepPlan:
@@ -141,14 +141,15 @@ class Scheduler:
         self._deadlines.end_step(now, is_empty=not step.num_tokens)
         return self._plan(step)
 
-    def advance(self, *scheduled: ScheduledRequest) -> None:
-        """The step runs: for every later one these tokens are in the cache. The token that follows is the request's,
-        known or pending."""
-        commit, accounts = self.block_manager.commit, self.waiting.accounts
+    def advance(self, *scheduled: tuple[Request, int, int, bool]) -> None:
+        """The step runs: for every later one the tokens of these rows of its plan are in the cache. The token that
+        follows is the request's, known or pending."""
+        accounts = self.waiting.accounts
         for request, start, num_tokens, needs_sample in scheduled:
-            request.num_computed_tokens = start + num_tokens
-            commit(request)
-            if needs_sample and accounts:
+            request.num_computed_tokens = num_computed = start + num_tokens
+            if num_computed >= request.steady_until:
+                self.block_manager.commit(request)
+            if accounts and needs_sample:
                 self.waiting.served(request)
 
     def learn(self, requests: Iterable[Request]) -> None:
@@ -170,7 +171,7 @@ class Scheduler:
         self._deadlines.remove(request)
         self._fruitless = None
         if self.waiting.remove(request):
-            self.num_waiting_tokens -= request.num_tokens
+            self._note_not_waiting(request)
             self.block_manager.free(request)
             return
         self.running.remove(request)
@@ -196,7 +197,7 @@ class Scheduler:
     def block_usage(self, plan: StepPlan | None = None) -> BlockUsage:
         """The blocks now, or with the tokens of ``plan`` in them."""
         block_size, num_unfilled_slots = self.block_manager.block_size, self.block_manager.num_unfilled_slots
-        num_planned = {item.request: item.num_tokens for item in plan.scheduled} if plan is not None else {}
+        num_planned = dict(zip(plan.requests, plan.query_lens, strict=True)) if plan is not None else {}
         wasted = [
             num_unfilled_slots(request, request.num_computed_tokens + num_planned.get(request, 0))
             for request in self.running
@@ -223,11 +224,16 @@ class Scheduler:
         num_tokens = sum(request.num_tokens for request in waiting)
         assert num_tokens == self.num_waiting_tokens, f"{self.num_waiting_tokens} tokens said to wait, {num_tokens} do"
         assert not set(waiting) & set(self.running), "a request waits and runs"
+        self._needs.check_integrity(waiting)
         for request in waiting:
             assert not request.block_ids, f"{request} waits and holds blocks"
         for request in self.running:
             num_slots = len(request.block_ids) * self.block_manager.block_size
             assert request.num_computed_tokens <= num_slots, f"{request} has more tokens than slots"
+            if request.num_computed_tokens < request.steady_until:
+                assert request.num_uncomputed_tokens == request.num_tokens - request.num_computed_tokens == 1, (
+                    f"{request} is not steady"
+                )
 
     # What a request gets in a step
 
@@ -236,7 +242,12 @@ class Scheduler:
         budget, limit = self.max_num_batched_tokens, self.policy.prefill_limit
         if self.prompt_share == 1.0 and (limit is None or limit >= budget):
             return budget
-        num_decodes = sum(request.num_uncomputed_tokens == 1 for request in self.running)
+        num_decodes = sum(
+            [
+                request.num_computed_tokens < request.steady_until or request.num_uncomputed_tokens == 1
+                for request in self.running
+            ]
+        )
         num_for_prompts = budget if limit is None or not num_decodes else min(limit, budget)
         return min(num_decodes + max(int(self.prompt_share * num_for_prompts), self._chunk_unit), budget)
 
@@ -245,15 +256,13 @@ class Scheduler:
     def _continue_running(self, step: StepDraft) -> None:
         decode_first = self.policy.order == "decode_first"
         prefills: list[Request] = []
-        ensure, num_tokens, preempted = self.block_manager.ensure, step.num_tokens, step.preempted
+        num_tokens = step.num_tokens
         for request in list(self.running):
-            is_decode = request.num_uncomputed_tokens == 1
-            is_plain = is_decode and step.token_budget > 0 and not preempted and request not in num_tokens
-            if is_plain and ensure(request, request.num_computed_tokens + 1):
-                # What nearly all requests of nearly all steps need, without a call for each part of it.
+            if request.num_computed_tokens < request.steady_until and step.token_budget > 0:
+                # Nearly all requests of nearly all steps. None of them was preempted or has tokens in this step.
                 num_tokens[request] = 1
                 step.token_budget -= 1
-            elif decode_first and not is_decode:
+            elif decode_first and request.num_uncomputed_tokens != 1:
                 prefills.append(request)
             else:
                 self._continue(request, step)
@@ -268,6 +277,8 @@ class Scheduler:
         num_tokens = step.num_tokens_for(request)
         if num_tokens and self._find_blocks(request, request.num_computed_tokens + num_tokens, step):
             step.give(request, num_tokens)
+            if request.num_tokens - request.num_computed_tokens == 1:
+                request.steady_until = min(self.block_manager.steady_until(request), request.max_num_tokens - 1)
 
     def _find_blocks(self, request: Request, num_tokens: int, step: StepDraft) -> bool:
         """Blocks for a running request, by the policy's means; False when it gets none and sits out the step."""
@@ -299,12 +310,12 @@ class Scheduler:
             victim.queue_time = step.now
             self._number(victim)
         self.waiting.put_back(victim)
-        self.num_waiting_tokens += victim.num_tokens
-        self.block_manager.expect(victim)
+        self._note_waiting(victim)
         self._is_closed = self.policy.join_after_preemption == "when_one_ended"
 
     def _release(self, request: Request) -> None:
         """Its blocks are free, and what it has computed is kept in host memory or forgotten."""
+        request.steady_until = 0
         if not self.block_manager.preempt(request, self.policy.preempt_by):
             request.num_computed_tokens = 0
 
@@ -338,7 +349,7 @@ class Scheduler:
         min_joins = 0
         if self._num_steps_without_join + 1 < self.policy.join_patience:
             min_joins = int(len(self.running) * self.policy.join_ratio)
-        if min(len(self.waiting), self.max_num_seqs - len(self.running)) < min_joins:
+        if min(len(self.waiting), self.max_num_seqs - len(self.running), self._most_joins(step)) < min_joins:
             return
         state = JoinState(
             min_joins,
@@ -368,6 +379,13 @@ class Scheduler:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = step.now
                 self._count_cached(request)
+
+    def _most_joins(self, step: StepDraft) -> int:
+        """At most so many can join, by their tokens: one of them is cut to what is left, or begins the step."""
+        has_budget = self.policy.prefill in ("whole_within_budget", "chunked")
+        if not has_budget or not self.block_manager.finds_nothing_cached:
+            return len(self.waiting)
+        return 1 + self._needs.most_within(max(step.token_budget, 0))
 
     def _count_cached(self, request: Request) -> None:
         request.num_cached_tokens = request.num_computed_tokens
@@ -442,7 +460,7 @@ class Scheduler:
         return min(num_tokens, self.max_num_batched_tokens) if self.policy.takes_blocks_stepwise else num_tokens
 
     def _join(self, request: Request, num_tokens: int, step: StepDraft) -> None:
-        self.num_waiting_tokens -= request.num_tokens
+        self._note_not_waiting(request)
         self.running.append(request)
         step.joined.append(request)
         step.give(request, num_tokens)
@@ -456,8 +474,16 @@ class Scheduler:
         self._release(request)
         self.waiting.withdrawn(request)
         self.waiting.put_back(request)
+        self._note_waiting(request)
+
+    def _note_waiting(self, request: Request) -> None:
         self.num_waiting_tokens += request.num_tokens
+        self._needs.add(request, self.block_manager.least_uncomputed(request, request.num_uncomputed_tokens))
         self.block_manager.expect(request)
+
+    def _note_not_waiting(self, request: Request) -> None:
+        self.num_waiting_tokens -= request.num_tokens
+        self._needs.remove(request)
 
     def _number(self, request: Request) -> None:
         """Its place among requests of the same time: behind all that have one."""
@@ -479,23 +505,26 @@ class Scheduler:
     # The plan
 
     def _plan(self, step: StepDraft) -> StepPlan:
-        scheduled = []
-        for request, num_tokens in step.num_tokens.items():
-            start = request.num_computed_tokens
-            # Who has its last token pending is in no step, so these are all that it has.
-            needs_sample = start + num_tokens == len(request.token_ids) + request.num_pending_tokens
-            scheduled.append(make_scheduled((request, start, num_tokens, needs_sample)))
+        requests, query_lens = tuple(step.num_tokens), tuple(step.num_tokens.values())
+        starts = [request.num_computed_tokens for request in requests]
+        # Who has its last token pending is in no step, so these are all that it has.
+        needs_sample = [
+            start < request.steady_until or start + query_len == request.num_tokens
+            for request, start, query_len in zip(requests, starts, query_lens, strict=True)
+        ]
         return StepPlan(
-            tuple(scheduled),
-            num_padding_tokens=self._num_padding_tokens(step.num_tokens.values()),
+            requests,
+            starts,
+            query_lens,
+            needs_sample,
+            num_padding_tokens=self._num_padding_tokens(query_lens),
             preempted=tuple(step.preempted),
             dropped=tuple(step.dropped),
             transfers=self.block_manager.take_transfers(),
         )
 
-    def _num_padding_tokens(self, num_tokens: Iterable[int]) -> int:
+    def _num_padding_tokens(self, query_lens: Sequence[int]) -> int:
         """Rows that make the step a rectangle: every row of the batch, ended ones too, as long as the longest."""
         if not self.policy.pad:
             return 0
-        counts = list(num_tokens)
-        return (len(self.running) + len(self.lingering)) * max(counts, default=0) - sum(counts)
+        return (len(self.running) + len(self.lingering)) * max(query_lens, default=0) - sum(query_lens)

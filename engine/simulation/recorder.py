@@ -157,8 +157,8 @@ class Recorder:
         self._slot_seconds += seconds * work.num_seqs
         self._max_slot_seconds += seconds * scheduler.max_num_seqs
         if self._sample_seconds is not None:
-            for scheduled in plan.scheduled:
-                self._service[self.clients[int(scheduled.request.request_id)]] += scheduled.num_tokens
+            for request, _, num_tokens, _ in plan.rows():
+                self._service[self.clients[int(request.request_id)]] += num_tokens
         if usage is not None and self._is_sample_due(replica, start):
             self._sample(replica, scheduler, plan, usage, start)
         if usage is not None and replica == 0 and len(self.steps) < self._max_step_records:
@@ -184,7 +184,7 @@ class Recorder:
 
     def _record_step(self, scheduler: Scheduler, plan: StepPlan, usage: BlockUsage, start: float, end: float) -> None:
         held = [int(request.request_id) for request in scheduler.lingering]
-        computed = [int(scheduled.request.request_id) for scheduled in plan.scheduled]
+        computed = [int(request.request_id) for request in plan.requests]
         self._slots.assign([*computed, *held])
         slot_of = self._slots.slot_of
         self.steps.append(

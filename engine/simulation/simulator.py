@@ -67,7 +67,7 @@ class Replica:
     def begin_step(self, now: float) -> float:
         """Schedule a step; returns when it ends."""
         plan = self.scheduler.schedule(now)
-        if not plan.scheduled:
+        if not plan.requests:
             raise RuntimeError(f"replica {self.index} has {self.num_unfinished} requests and schedules none at {now}")
         work = StepWork.of(plan)
         self._plan, self._step_start = plan, now
@@ -84,14 +84,14 @@ class Replica:
             return
         self._plan = None
         num_steady, start, advance = 0, self._step_start, scheduler.advance
-        for scheduled in plan.scheduled:
-            request, _, _, needs_sample = scheduled
+        for row in plan.rows():
+            request, _, _, needs_sample = row
             if not needs_sample:
-                advance(scheduled)
+                advance(row)
                 continue
             assert isinstance(request, SimulatedRequest)
             request.token_ids.append(request.answer_token_id)
-            advance(scheduled)
+            advance(row)
             last_time = request.last_token_time
             if last_time == start:
                 num_steady += 1

@@ -32,12 +32,12 @@ class StepWork:
     @staticmethod
     def of(plan: StepPlan) -> StepWork:
         num_rows, num_sampled, num_context, num_pairs = plan.num_padding_tokens, 0, 0, 0
-        for _, num_before, num_tokens, needs_sample in plan.scheduled:
+        for _, num_before, num_tokens, needs_sample in plan.rows():
             num_rows += num_tokens
             num_context += num_before + num_tokens
             num_pairs += num_tokens * num_before + num_tokens * (num_tokens + 1) // 2
             num_sampled += needs_sample
-        return StepWork(len(plan.scheduled), num_rows, num_sampled, num_context, num_pairs)
+        return StepWork(plan.num_seqs, num_rows, num_sampled, num_context, num_pairs)
 
 
 class StepTimeModel(Protocol):

@@ -5,7 +5,6 @@ So a block that is shared, lost, overwritten or out of order shows in the tokens
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -108,15 +107,25 @@ class FakeTokenizer:
 
 
 class FakeStream:
+    """As ``TextStream`` does, it holds back what ends with U+FFFD, as that may become a character yet."""
+
     def __init__(self, skip_special_tokens: bool) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._eos_text = "" if skip_special_tokens else "<eos>"
+        self._pending = b""
+        self._eos_text = b"" if skip_special_tokens else b"<eos>"
 
     def step(self, token_id: int) -> str | None:
-        return self._eos_text if token_id == EOS else self._decoder.decode(bytes([token_id])) or None
+        text = self._add([token_id])
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return None
+        self._pending = b""
+        return text
 
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+    def flush(self, last_ids: Sequence[int] = ()) -> str:
+        return self._add(last_ids)
+
+    def _add(self, token_ids: Sequence[int]) -> str:
+        self._pending += b"".join(self._eos_text if token_id == EOS else bytes([token_id]) for token_id in token_ids)
+        return self._pending.decode(errors="replace")
 
 
 def fake_engine(

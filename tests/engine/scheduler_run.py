@@ -102,6 +102,7 @@ def make_run(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 32,
     step_seconds: float = 1.0,
+    windows: tuple[int | None, ...] = (None,),
     enable_prefix_caching: bool = False,
     num_host_blocks: int = 0,
 ) -> SchedulerRun:
@@ -111,6 +112,7 @@ def make_run(
         BlockManager(
             num_blocks,
             block_size,
+            windows=windows,
             enable_prefix_caching=enable_prefix_caching,
             swap_space=SwapSpace(num_host_blocks, costs),
         ),

@@ -47,7 +47,7 @@ class Steps:
         self.sampled = sampled
 
     def run(self, *items: ScheduledRequest, num_padding: int = 0) -> tuple[BatchTensors, SamplingTensors]:
-        staged = self.state.stage(StepPlan(items, num_padding_tokens=num_padding))
+        staged = self.state.stage(StepPlan.of(items, num_padding_tokens=num_padding))
         batch, sampling = self.state.prepare(staged, staged.max_seq_len)
         token_ids = self.sampled + torch.arange(len(sampling.seed), device=DEVICE)
         self.state.accept(token_ids, staged.num_rows, staged.sample_rows)
@@ -134,15 +134,15 @@ def test_decodes_go_on_from_what_was_sampled() -> None:
 def test_pending_tokens_are_read_on_the_device() -> None:
     request, late = make_request([1, 2], [6]), make_request([7, 8, 9], [5])
     state = make_state()
-    staged = state.stage(StepPlan((item(request, 2),)))
+    staged = state.stage(StepPlan.of([item(request, 2)]))
     state.prepare(staged, 400)
     state.accept(torch.tensor([500], device=DEVICE), 1, staged.sample_rows)
     request.num_computed_tokens, request.num_pending_tokens = 2, 1
-    batch, _ = state.prepare(state.stage(StepPlan((item(late, 3), item(request, 1)))), 400)
+    batch, _ = state.prepare(state.stage(StepPlan.of([item(late, 3), item(request, 1)])), 400)
     assert batch.input_ids.tolist() == [500, 7, 8, 9]
     assert batch.query_start_loc.tolist() == [0, 1, 4]
     with pytest.raises(AssertionError, match="its last token is not known"):
-        make_state().stage(StepPlan((item(request, 1),)))
+        make_state().stage(StepPlan.of([item(request, 1)]))
 
 
 def test_rows_stay_dense_as_requests_come_and_go() -> None:

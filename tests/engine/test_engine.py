@@ -318,7 +318,8 @@ def test_a_tokenizer_that_chokes_fails_its_request_alone(monkeypatch: pytest.Mon
     def choke(token_id: int) -> str:
         raise RuntimeError("invalid prefix")
 
-    monkeypatch.setattr(engine._outputs.builders[names[0]]._detokenizer._stream, "step", choke)  # type: ignore[union-attr]
+    [builder] = engine._outputs.groups[names[0]].builders
+    monkeypatch.setattr(builder._detokenizer._stream, "step", choke)  # type: ignore[union-attr]
     finished = run_to_end(engine)
     assert finished[names[0]].error == "detokenizing failed: RuntimeError: invalid prefix"
     assert finished[names[1]].outputs[0].token_ids == expected_tokens(work[1], 5, ignore_eos=True)
@@ -474,7 +475,9 @@ def test_static_streams_and_pays_for_padding() -> None:
 
 def test_ended_requests_are_let_go() -> None:
     engine = fake_engine()
-    request = weakref.ref(engine._outputs.builders[engine.add_request([98, 99], greedy(4))].request)
+    [builder] = engine._outputs.groups[engine.add_request([98, 99], greedy(4))].builders
+    request = weakref.ref(builder.request)
+    del builder
     assert request() is not None
     run_to_end(engine)
     gc.collect()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pagedattn.engine.block_manager import BlockManager
-from pagedattn.engine.fruitless_join import FruitlessJoin, JoinState
+from pagedattn.engine.fruitless_join import FruitlessJoin, JoinState, WaitingNeeds
 from pagedattn.engine.orders import ORDERS, QueueOrder
 from pagedattn.engine.policy import POLICIES, BatchingPolicy
 from pagedattn.engine.request import Request
+from pagedattn.engine.scheduler import Scheduler
+from pagedattn.engine.step_draft import StepDraft
 from pagedattn.engine.step_plan import StepPlan
 from pagedattn.engine.waiting_queue import WaitingQueue
 from tests.engine.scheduler_run import SchedulerRun, make_request, make_run
@@ -61,10 +66,11 @@ def play(run: SchedulerRun, rng: random.Random) -> list[object]:
                 )  # fmt: skip
                 num_added += 1
                 if request.max_cached_tokens <= run.scheduler.block_manager.capacity:
-                    run.add(request)
                     siblings.append(request)
             for request in siblings if rng.random() < 0.4 else ():
                 request.siblings = [other for other in siblings if other is not request]
+            for request in siblings:
+                run.add(request)
         if rng.random() < 0.03:
             present = sorted((*run.scheduler.waiting, *run.scheduler.running), key=lambda one: int(one.request_id))
             if present:
@@ -105,6 +111,62 @@ def test_a_remembered_attempt_is_what_another_would_be(
             histories.append(play(new_run(GATED_POLICIES[policy], ORDERS[order], rng), rng))
         assert histories[0] == histories[1]
     assert num_repeats, "no attempt was remembered"
+
+
+@pytest.mark.parametrize("order", ["fcfs", "fair", "priority-fair"])
+@pytest.mark.parametrize("policy", ["tgi-unchunked", "overtaking", "preempting", "after decodes"])
+def test_what_the_budget_can_not_do_for_so_many_would_come_to_nothing(
+    policy: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most_joins, num_ruled_out = Scheduler._most_joins, 0
+
+    def count(scheduler: Scheduler, step: StepDraft) -> int:
+        nonlocal num_ruled_out
+        most = most_joins(scheduler, step)
+        num_ruled_out += most < len(scheduler.waiting)
+        return most
+
+    def unbounded(scheduler: Scheduler, step: StepDraft) -> int:
+        return len(scheduler.waiting)
+
+    monkeypatch.setattr(FruitlessJoin, "would_repeat", lambda *_: False)
+    for seed in range(6):
+        histories = []
+        for method in (count, unbounded):
+            monkeypatch.setattr(Scheduler, "_most_joins", method)
+            rng = random.Random(seed)
+            run = make_run(
+                GATED_POLICIES[policy],
+                ORDERS[order],
+                num_blocks=rng.randint(12, 90),
+                block_size=rng.choice([1, 2, 4]),
+                max_num_seqs=24,
+                max_num_batched_tokens=rng.choice([8, 24, 48]),
+                enable_prefix_caching=seed % 2 == 1,
+                num_host_blocks=rng.choice([0, 20]),
+            )
+            histories.append(play(run, rng))
+        assert histories[0] == histories[1]
+    assert num_ruled_out, "nothing was ruled out"
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(0, 4000), st.data())
+def test_the_most_that_can_join_is_never_too_few_and_not_far_too_many(
+    needs: list[int], budget: int, data: st.DataObject
+) -> None:
+    requests = [make_request(str(index), need, 1) for index, need in enumerate(needs)]
+    waiting = WaitingNeeds()
+    for request, need in zip(requests, needs, strict=True):
+        waiting.add(request, need)
+    for index in sorted(data.draw(st.sets(st.integers(0, len(needs) - 1))), reverse=True):
+        waiting.remove(requests.pop(index))
+        needs.pop(index)
+    waiting.check_integrity(requests)
+
+    def most(budget: int) -> int:
+        return sum(total <= budget for total in accumulate(sorted(needs)))
+
+    assert most(budget) <= waiting.most_within(budget) <= most(2 * budget)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -120,6 +120,9 @@ def test_streamed_text_equals_decoded_text(kind: str, smollm2: Tokenizer, data: 
     pieces = [stream.step(token) for token in ids]
     assert not any(piece is not None and piece.endswith("\ufffd") for piece in pieces)
     assert "".join(piece or "" for piece in pieces) + stream.flush() == tokenizer.decode(ids, skip)
+    stream, num_steps = tokenizer.new_stream(skip_special_tokens=skip), data.draw(st.integers(0, len(ids)))
+    pieces = [stream.step(token) for token in ids[:num_steps]]
+    assert "".join(piece or "" for piece in pieces) + stream.flush(ids[num_steps:]) == tokenizer.decode(ids, skip)
 
 
 def test_stream_holds_back_half_a_character() -> None:

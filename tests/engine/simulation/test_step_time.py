@@ -25,7 +25,7 @@ FITTED = Fitted(
 
 def test_work_of_a_plan() -> None:
     request = Request("a", [1] * 9, SamplingParams(), max_num_tokens=20)
-    plan = StepPlan(
+    plan = StepPlan.of(
         (
             ScheduledRequest(request, 8, 1, True),  # a decode: 9 keys
             ScheduledRequest(request, 2, 3, False),  # a chunk: 3 + 4 + 5 pairs
