@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -82,6 +84,24 @@ def play(run: SchedulerRun, rng: random.Random) -> list[object]:
     return history
 
 
+def play_with_each(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    name: str,
+    methods: Sequence[Callable[..., object]],
+    new_run: Callable[[random.Random], SchedulerRun],
+    seed: int,
+) -> list[tuple[list[object], SchedulerRun]]:
+    """The same work with each method in the place of ``owner.name``: what happened, and the run behind it."""
+    played = []
+    for method in methods:
+        monkeypatch.setattr(owner, name, method)
+        rng = random.Random(seed)
+        run = new_run(rng)
+        played.append((play(run, rng), run))
+    return played
+
+
 def summary(plan: StepPlan) -> object:
     return (
         [(item.request.request_id, item.num_computed_tokens, item.num_tokens) for item in plan.scheduled],
@@ -104,12 +124,11 @@ def test_a_remembered_attempt_is_what_another_would_be(
         return repeats
 
     for seed in range(2):
-        histories = []
-        for method in (count, lambda *_: False):
-            monkeypatch.setattr(FruitlessJoin, "would_repeat", method)
-            rng = random.Random(seed)
-            histories.append(play(new_run(GATED_POLICIES[policy], ORDERS[order], rng), rng))
-        assert histories[0] == histories[1]
+        (remembered, _), (attempted, _) = play_with_each(
+            monkeypatch, FruitlessJoin, "would_repeat", (count, lambda *_: False),
+            lambda rng: new_run(GATED_POLICIES[policy], ORDERS[order], rng), seed,
+        )  # fmt: skip
+        assert remembered == attempted
     assert num_repeats, "no attempt was remembered"
 
 
@@ -130,23 +149,24 @@ def test_what_the_budget_can_not_do_for_so_many_would_come_to_nothing(
         return len(scheduler.waiting)
 
     monkeypatch.setattr(FruitlessJoin, "would_repeat", lambda *_: False)
+
+    def new_run(rng: random.Random, enable_prefix_caching: bool) -> SchedulerRun:
+        return make_run(
+            GATED_POLICIES[policy],
+            ORDERS[order],
+            num_blocks=rng.randint(12, 90),
+            block_size=rng.choice([1, 2, 4]),
+            max_num_seqs=24,
+            max_num_batched_tokens=rng.choice([8, 24, 48]),
+            enable_prefix_caching=enable_prefix_caching,
+            num_host_blocks=rng.choice([0, 20]),
+        )
+
     for seed in range(6):
-        histories = []
-        for method in (count, unbounded):
-            monkeypatch.setattr(Scheduler, "_most_joins", method)
-            rng = random.Random(seed)
-            run = make_run(
-                GATED_POLICIES[policy],
-                ORDERS[order],
-                num_blocks=rng.randint(12, 90),
-                block_size=rng.choice([1, 2, 4]),
-                max_num_seqs=24,
-                max_num_batched_tokens=rng.choice([8, 24, 48]),
-                enable_prefix_caching=seed % 2 == 1,
-                num_host_blocks=rng.choice([0, 20]),
-            )
-            histories.append(play(run, rng))
-        assert histories[0] == histories[1]
+        make = partial(new_run, enable_prefix_caching=seed % 2 == 1)
+        methods = (count, unbounded)
+        (ruled_out, _), (attempted, _) = play_with_each(monkeypatch, Scheduler, "_most_joins", methods, make, seed)
+        assert ruled_out == attempted
     assert num_ruled_out, "nothing was ruled out"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 
@@ -11,8 +12,8 @@ from pagedattn.engine.orders import ORDERS
 from pagedattn.engine.policy import POLICIES
 from pagedattn.engine.prefix_finder import BlockHolder
 from pagedattn.engine.request import Request
-from tests.engine.scheduler_run import make_request, make_run
-from tests.engine.test_fruitless_join import play
+from tests.engine.scheduler_run import SchedulerRun, make_request, make_run
+from tests.engine.test_fruitless_join import play_with_each
 
 WINDOWS = ((None,), (5,), (None, 3), (4, None, 9))
 
@@ -34,26 +35,26 @@ def test_plans_are_those_of_a_scheduler_that_looks_at_everyone(
         num_steady += until > holder.num_computed_tokens + 1
         return until
 
-    for seed in range(4):
-        histories = []
-        for method in (count, never_steady):
-            monkeypatch.setattr(BlockManager, "steady_until", method)
-            rng = random.Random(seed)
-            windows = WINDOWS[seed]
-            run = make_run(
-                POLICIES[policy],
-                ORDERS[order],
-                num_blocks=len(windows) * rng.randint(12, 48),
-                block_size=rng.choice([2, 3, 8]),
-                max_num_seqs=rng.choice([4, 12]),
-                max_num_batched_tokens=rng.choice([8, 24]),
-                windows=windows,
-                enable_prefix_caching=rng.random() < 0.7,
-                num_host_blocks=rng.choice([0, 20]),
-            )
-            history = play(run, rng)
-            histories.append((history, run.scheduler.block_manager.num_changes))
-        assert histories[0] == histories[1]
+    def new_run(rng: random.Random, windows: tuple[int | None, ...]) -> SchedulerRun:
+        return make_run(
+            POLICIES[policy],
+            ORDERS[order],
+            num_blocks=len(windows) * rng.randint(12, 48),
+            block_size=rng.choice([2, 3, 8]),
+            max_num_seqs=rng.choice([4, 12]),
+            max_num_batched_tokens=rng.choice([8, 24]),
+            windows=windows,
+            enable_prefix_caching=rng.random() < 0.7,
+            num_host_blocks=rng.choice([0, 20]),
+        )
+
+    for seed, windows in enumerate(WINDOWS):
+        make, methods = partial(new_run, windows=windows), (count, never_steady)
+        steady, looked_at = (
+            (history, run.scheduler.block_manager.num_changes)
+            for history, run in play_with_each(monkeypatch, BlockManager, "steady_until", methods, make, seed)
+        )
+        assert steady == looked_at
     assert num_steady > 20, "hardly anybody was steady"
 
 
