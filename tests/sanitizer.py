@@ -3,9 +3,10 @@
     python -m tests.sanitizer [memcheck] [racecheck] [initcheck] [--processes N] [--every N] [--logs DIR]
 
 Without names: all three. A subset of the kernel tests that launches every kernel in each of its forms. torch's
-allocator hands out slices of large blocks, which hides accesses out of bounds, so its caching is turned off. The tests
-are dealt out to processes, each under a sanitizer of its own, as most of the time goes into compiling and launching.
-``--every 3`` takes every third case of each test. What the processes say is in ``--logs``.
+allocator hands out slices of large blocks, which hides accesses out of bounds, so its caching is turned off. Cases are
+small, and are compared with results of a CPU: a sanitizer slows every access. The tests are dealt out to processes,
+each under a sanitizer of its own. ``--every 3`` takes every third case of each test. What the processes say is in
+``--logs``.
 """
 
 from __future__ import annotations
@@ -50,13 +51,19 @@ SUBSET = (
     "tests/kernels/test_batch_state.py::test_inputs_of_any_mixture",
     "tests/kernels/test_batch_state.py::test_accepted_tokens_are_the_last",
 )
-PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short")
+PYTEST = ("pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short")
 
 
 def run(tool: str, module: Sequence[str], log: Path) -> int:
     """The exit code of a module's run under a tool: ``CAUGHT`` where that found something."""
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", str(CAUGHT), sys.executable, "-m", *module)
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PAGEDATTN_DRAWS": "1"}
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PAGEDATTN_SANITIZED": "1",
+        "PAGEDATTN_DRAWS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     with log.open("wb") as file:
         code = subprocess.run(command, env=environment, check=False, stdout=file, stderr=subprocess.STDOUT).returncode
     print(f"{log}: exit {code}", flush=True)
@@ -65,7 +72,7 @@ def run(tool: str, module: Sequence[str], log: Path) -> int:
 
 def collect(every: int) -> list[str]:
     """The subset's tests, every so many cases of each. Raises CalledProcessError when there are none."""
-    command = (sys.executable, "-m", *PYTEST, "--collect-only", *SUBSET)
+    command = (sys.executable, "-m", *PYTEST, "-q", "--collect-only", *SUBSET)
     listed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     cases = (line for line in listed.splitlines() if "::" in line)
     return [case for _, test in groupby(cases, lambda case: case.partition("[")[0]) for case in list(test)[::every]]
@@ -74,7 +81,7 @@ def collect(every: int) -> list[str]:
 def main(tools: Sequence[str], num_processes: int, every: int, logs: Path) -> int:
     tests = collect(every)
     num_parts = max(1, num_processes // len(tools))
-    parts = [(*PYTEST, *tests[first::num_parts]) for first in range(num_parts)]
+    parts = [(*PYTEST, "-v", *tests[first::num_parts]) for first in range(num_parts)]
     logs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(num_processes) as pool:
         planted = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pagedattn.kernels.quantization import LARGEST, quantize, token_scale
-from tests.device import DTYPES, INTERPRETED, IS_CUDA
+from tests.device import DTYPES, INTERPRETED, IS_CUDA, IS_LARGE
 from tests.kernels.oracle import AttentionCase
 
 Variant = dict[str, object]
@@ -193,7 +193,7 @@ def draw_lengths(kind: object, draw: random.Random) -> tuple[list[int], list[int
 
     On a GPU the longest query is always of the length that its kind compiles for.
     """
-    longest = draw.choice([24, 150, 300, 600]) if not IS_CUDA else draw.choice([150, 700, 3000, 12000])
+    longest = draw.choice([24, 150, 300, 600]) if not IS_LARGE else draw.choice([150, 700, 3000, 12000])
     seq_lens, query_lens = [], []
     for _ in range(draw.randint(1, 4)):
         length = draw.randint(0, longest) if draw.random() < 0.9 else 0
@@ -206,7 +206,7 @@ def draw_lengths(kind: object, draw: random.Random) -> tuple[list[int], list[int
         else:
             query_len = draw.randint(0, length + 1)  # one more than the length: a position below 0
         seq_lens.append(length)
-        query_lens.append(min(query_len, 700 if IS_CUDA else 40))
+        query_lens.append(min(query_len, 700 if IS_LARGE else 40))
     most = {"decode": 1, "verify": 5}.get(str(kind), 130 if IS_CUDA else 9)
     if max(query_lens) < most:
         seq_lens[0], query_lens[0] = max(seq_lens[0], most), most

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pagedattn
-from tests.device import DEVICE, DTYPES, INTERPRETED, IS_CUDA
+from tests.device import DEVICE, DTYPES, INTERPRETED, IS_LARGE
 from tests.kernels import oracle
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import (
@@ -98,7 +98,7 @@ def test_variants_cover_all_pairs() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 16])
 def test_long_sequence_among_short_ones_is_split(dtype: torch.dtype, group: int) -> None:
-    longest = 20_000 if IS_CUDA else 600
+    longest = 20_000 if IS_LARGE else 600
     case = build_case(
         generator=torch.Generator().manual_seed(group),
         dtype=dtype,

@@ -20,7 +20,7 @@ from pagedattn.kernels.tiling import (
     choose_hopper_decode,
     choose_tiling,
 )
-from tests.device import DEVICE, INTERPRETED, IS_HOPPER
+from tests.device import DEVICE, INTERPRETED, IS_HOPPER, IS_LARGE
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case, cache_layout, draw_features
 from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher
@@ -96,8 +96,8 @@ def test_launch_fits() -> None:
 FORMATS = (None, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 
 
-def draw_case(number: int, small: bool = False) -> AttentionCase:
-    draw = random.Random(number)
+def draw_case(number: int, device: torch.device) -> AttentionCase:
+    draw, small = random.Random(number), not IS_LARGE or device.type == "cpu"
     cache_dtype = FORMATS[number % len(FORMATS)]
     head_size = draw.choice([128, 256] if cache_dtype == torch.uint8 else [64, 128, 128, 256])
     group, num_kv_heads, max_query_len = draw.choice([(1, 3, 1), (4, 2, 1), (7, 1, 1), (8, 2, 4), (3, 2, 5), (4, 8, 2)])
@@ -123,7 +123,7 @@ def draw_case(number: int, small: bool = False) -> AttentionCase:
         padding_rows=draw.choice([0, 0, 3, 50]),
         magnitude=draw.choice([0.1, 1, 4]),
         **options,
-    ).to(torch.device("cpu") if small else DEVICE)
+    ).to(device)
 
 
 def attend_interpreted(case: AttentionCase, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +176,7 @@ def test_drawn_on_a_cpu(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_decode, "describe", Descriptor)
     launcher = InterpretedLauncher(hopper_decode.hopper_decode_kernel)
     monkeypatch.setattr(hopper_decode, "launch_hopper_decode", launcher)
-    case = draw_case(number, small=True)
+    case = draw_case(number, torch.device("cpu"))
     assert_within_budget(case, *attend_interpreted(case, workers=3 if number % 2 else 20))
 
 
@@ -186,7 +186,7 @@ def test_drawn_on_a_cpu(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from pagedattn.kernels import attention
 
-    case = draw_case(number)
+    case = draw_case(number, DEVICE)
     served: list[object] = []
     prepare = attention.prepare_hopper
 

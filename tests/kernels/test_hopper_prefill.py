@@ -20,7 +20,7 @@ from pagedattn.kernels.tiling import (
     choose_hopper_prefill,
     choose_tiling,
 )
-from tests.device import DEVICE, INTERPRETED, IS_HOPPER
+from tests.device import DEVICE, INTERPRETED, IS_HOPPER, IS_LARGE
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case, draw_features
 from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher
@@ -68,8 +68,8 @@ def test_launch_fits(head_size: int) -> None:
     assert launch.stages * stage + made.rows * head_size * 2 + 2048 <= HOPPER_SHARED_MEMORY
 
 
-def draw_case(number: int, small: bool = False) -> AttentionCase:
-    draw = random.Random(number)
+def draw_case(number: int, device: torch.device) -> AttentionCase:
+    draw, small = random.Random(number), not IS_LARGE or device.type == "cpu"
     head_size = draw.choice([64, 128] if small else [64, 128, 128, 256])
     group, num_kv_heads = draw.choice([(1, 3), (4, 2), (7, 1), (8, 2), (3, 2), (16, 1), (5, 2)])
     sequences = draw.choice([1, 3, 5] if small else [1, 3, 20])
@@ -93,7 +93,7 @@ def draw_case(number: int, small: bool = False) -> AttentionCase:
         padding_rows=draw.choice([0, 0, 3, 50]),
         magnitude=draw.choice([0.1, 1, 4]),
         **options,
-    ).to(torch.device("cpu") if small else DEVICE)
+    ).to(device)
 
 
 def attend_interpreted(case: AttentionCase, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +152,7 @@ NOT_IN_TRITONS_INTERPRETER = pytest.mark.skipif(INTERPRETED, reason="that interp
 @pytest.mark.usefixtures("on_a_cpu")
 @pytest.mark.parametrize("number", range(1000, 1010))
 def test_drawn_on_a_cpu(number: int) -> None:
-    case = draw_case(number, small=True)
+    case = draw_case(number, torch.device("cpu"))
     assert_within_budget(case, *attend_interpreted(case, workers=3 if number % 2 else 40))
 
 
@@ -190,7 +190,7 @@ def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from pagedattn.kernels import attention
     from pagedattn.kernels.hopper_prefill import PreparedHopperPrefill
 
-    case = draw_case(number)
+    case = draw_case(number, DEVICE)
     served: list[object] = []
     prepare = attention.prepare_hopper
 
