@@ -4,7 +4,8 @@ Memory: query [T, Hq, D]; key_cache [N, S, Hkv, D]; value_cache [N, S, Hkv, Dv] 
 element); block_table [B, max_blocks]; items and counts as ``kernels/plan_reference.py`` describes. A program runs one
 item, or a worker's chain of them, for one head tile: the item's query tokens times HEADS of the query heads that share
 a KV head are the rows of the products, laid token by token, so row r is query token r // HEADS and head r % HEADS of
-the head tile. Split tiles leave normalized fp32 partials [slots, head_tiles, slot_rows, Dv] and their log2-sum-exp.
+the head tile. Split tiles leave normalized fp32 partials [slots, head_tiles, slot_rows, Dv] and their log2-sum-exp; in
+a batch-invariant plan they are as the running softmax had them, with maximum and denominator apart.
 
 Keys are computed with as they are stored: a scale per tensor or head joins the logits' scale, one per token the logits'
 columns. Values' scales per tensor or head join the result; with one per token, values are scaled before the product.
@@ -30,9 +31,6 @@ from pagedattn.kernels.overlap import is_hopper
 from pagedattn.kernels.plan import chunk_begin, chunk_of
 from pagedattn.kernels.quantization import TOKEN_SCALE, scale_mode, token_strides
 from pagedattn.kernels.tiling import (
-    COARSE_CHUNK,
-    COARSE_FROM,
-    FINE_CHUNK,
     ITEM_FIELDS,
     AttentionTiling,
     CacheRows,
@@ -161,14 +159,14 @@ def finish_softmax(accumulator, maximum, denominator):
 
 
 @triton.jit
-def add_partial(accumulator, maximum, denominator, partial, lse):
-    """Add a normalized partial [ROWS, D] with its log2-sum-exp to a running sum of partials."""
-    new_maximum = tl.maximum(maximum, lse)
+def add_partial(accumulator, maximum, denominator, partial, partial_maximum, partial_denominator):
+    """Add a partial [ROWS, D] to a running sum of partials. A normalized one has its log2-sum-exp and 1."""
+    new_maximum = tl.maximum(maximum, partial_maximum)
     shift = finite_shift(new_maximum)
     correction = tl.exp2(maximum - shift)
-    weight = tl.exp2(lse - shift)
+    weight = tl.exp2(partial_maximum - shift)
     accumulator = accumulator * correction[:, None] + partial * weight[:, None]
-    return accumulator, new_maximum, denominator * correction + weight
+    return accumulator, new_maximum, denominator * correction + partial_denominator * weight
 
 
 @triton.jit
@@ -320,7 +318,7 @@ def attend_span(
     FEATURES: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
 ):
-    """Attention of a tile over its keys begin..end: normalized [ROWS, Dv] and log2-sum-exp [ROWS].
+    """Attention of a tile over its keys begin..end: accumulator [ROWS, Dv], maximum and denominator [ROWS].
 
     Keys that every row sees need no mask. IS_ALIGNED: iterations begin at multiples of BLOCK_N of the sequence.
     """
@@ -369,7 +367,7 @@ def attend_span(
         keys, values, whole_end, end, visible, factors,
         KEYS, VALUES, BLOCK_SIZE, BLOCK_N, CAUSAL, FEATURES, IS_MASKED=True,
     )  # fmt: skip
-    return finish_softmax(accumulator, maximum, denominator)
+    return accumulator, maximum, denominator
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -403,9 +401,10 @@ def write_rows(
 @triton.jit
 def store_partial(
     partials_ptr,
-    partial_lse_ptr,
-    result,
-    lse,
+    partial_lse_offset,
+    partial,
+    maximum,
+    denominator,
     slot,
     head_tile,
     num_head_tiles,
@@ -414,20 +413,24 @@ def store_partial(
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
 ):
-    """Store one slot of a split tile for one head tile."""
+    """Store one slot of a split tile for one head tile. A normalized partial's maximum is its log2-sum-exp."""
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD_DIM_PADDED)
     partial_row = (slot.to(tl.int64) * num_head_tiles + head_tile) * slot_rows + row
     mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
-    tl.store(partials_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], result, mask=mask)
-    tl.store(partial_lse_ptr + partial_row, lse, mask=row_exists)
+    tl.store(partials_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :], partial, mask=mask)
+    tl.store(partials_ptr + partial_lse_offset + partial_row, maximum, mask=row_exists)
+    if BATCH_INVARIANT:  # denominators lie behind the maxima
+        denominators_ptr = partials_ptr + partial_lse_offset + partial_lse_offset // HEAD_DIM
+        tl.store(denominators_ptr + partial_row, denominator, mask=row_exists)
 
 
 @triton.jit
 def merge_partials(
     partials_ptr,
-    partial_lse_ptr,
+    partial_lse_offset,
     first_slot,
     num_slots,
     head_tile,
@@ -438,6 +441,7 @@ def merge_partials(
     HEAD_DIM_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     WALKS: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
 ):
     """Add up the slots of a split tile for one head tile, in the order of its keys."""
     row = tl.arange(0, ROWS)
@@ -448,14 +452,19 @@ def merge_partials(
     denominator = tl.zeros([ROWS], dtype=tl.float32)
     for index in tl.range(0, num_slots):
         slot = first_slot + index
-        if WALKS:  # workers that follow each other continue the tile, each into its even slot
+        if WALKS and not BATCH_INVARIANT:  # workers that follow each other continue the tile, each into its even slot
             slot = tl.where(index == 0, first_slot, 2 * (first_slot // 2 + index))
         partial_row = (slot.to(tl.int64) * num_head_tiles + head_tile) * slot_rows + row
         # Other multiprocessors wrote these: read past this one's first-level cache.
-        lse = tl.load(partial_lse_ptr + partial_row, mask=row_exists, other=float("-inf"), cache_modifier=".cg")
+        lse_ptrs = partials_ptr + partial_lse_offset + partial_row
+        lse = tl.load(lse_ptrs, mask=row_exists, other=float("-inf"), cache_modifier=".cg")
         partial_ptrs = partials_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :]
         partial = tl.load(partial_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-        accumulator, maximum, denominator = add_partial(accumulator, maximum, denominator, partial, lse)
+        weight = 1.0
+        if BATCH_INVARIANT:
+            weight_ptrs = lse_ptrs + partial_lse_offset // HEAD_DIM
+            weight = tl.load(weight_ptrs, mask=row_exists, other=0.0, cache_modifier=".cg")
+        accumulator, maximum, denominator = add_partial(accumulator, maximum, denominator, partial, lse, weight)
     return finish_softmax(accumulator, maximum, denominator)
 
 
@@ -541,9 +550,6 @@ def paged_attention_kernel(
     WALKS: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     FIELDS: tl.constexpr,
-    FINE: tl.constexpr,
-    COARSE: tl.constexpr,
-    FROM: tl.constexpr,
 ):
     TILES_PER_KV_HEAD: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -594,7 +600,7 @@ def paged_attention_kernel(
         slot = tl.load(item_ptr + 6)
         first_slot = tl.load(item_ptr + 7)
         num_slots = tl.load(item_ptr + 8)
-        num_parts = tl.load(item_ptr + 9)
+        awaited = tl.load(item_ptr + 9)
         next_item = tl.load(item_ptr + 10)
         origin = tl.load(item_ptr + 11)
         last_position = first_position + queries - 1
@@ -630,54 +636,68 @@ def paged_attention_kernel(
             begin = tl.maximum(begin, tl.maximum(first_position, 0) // attention_chunk * attention_chunk)
             end = tl.minimum(end, (tl.maximum(last_position, 0) // attention_chunk + 1) * attention_chunk)
 
+        arrived = 1
         if BATCH_INVARIANT:
-            # One partial for each chunk of the sequence, added up from the first on: here, or by the merge.
-            partial_lse_ptr = partials_ptr + partial_lse_offset
-            result = tl.zeros([ROWS, VALUE_PADDED], dtype=tl.float32)
-            lse_log2 = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+            # One partial for each chunk of the sequence, folded from the first on: here as far as nothing is ahead of
+            # this item, and by the merge.
+            folds = slot <= first_slot  # an unsplit tile's slot is -1
+            accumulator = tl.zeros([ROWS, VALUE_PADDED], dtype=tl.float32)
+            maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
             denominator = tl.zeros([ROWS], dtype=tl.float32)
-            first_chunk = chunk_of(planned_begin, FINE, COARSE, FROM)
+            first_chunk = chunk_of(planned_begin)
             chunk = first_chunk
-            walked_end = end if slot < 0 else planned_end  # every slot is written, also of keys that no row sees
-            while chunk_begin(chunk, FINE, COARSE, FROM) < walked_end:
-                partial, partial_lse = attend_span(
+            walked_end = end if folds else planned_end  # every slot is written, also of keys that no row sees
+            while chunk_begin(chunk) < walked_end:
+                partial, partial_maximum, partial_denominator = attend_span(
                     query, query_rest, query_position, slope_log2, tree_row_ptr, table_ptr, keys, values,
-                    tl.maximum(begin, chunk_begin(chunk, FINE, COARSE, FROM)),
-                    tl.minimum(end, chunk_begin(chunk + 1, FINE, COARSE, FROM)),
+                    tl.maximum(begin, chunk_begin(chunk)), tl.minimum(end, chunk_begin(chunk + 1)),
                     first_position, last_position, origin, limits, factors,
                     KEYS, VALUES, ROWS, BLOCK_SIZE, BLOCK_N, CAUSAL, FEATURES, IS_ALIGNED=True,
                 )  # fmt: skip
-                if slot < 0:
-                    result, lse_log2, denominator = add_partial(result, lse_log2, denominator, partial, partial_lse)
+                if folds:
+                    accumulator, maximum, denominator = add_partial(
+                        accumulator, maximum, denominator, partial, partial_maximum, partial_denominator
+                    )
                 else:
                     store_partial(
-                        partials_ptr, partial_lse_ptr, partial, partial_lse, slot + chunk - first_chunk, head_tile,
-                        num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS,
+                        partials_ptr, partial_lse_offset, partial, partial_maximum, partial_denominator,
+                        slot + chunk - first_chunk, head_tile, num_head_tiles, slot_rows, row_exists,
+                        VALUE_DIM, VALUE_PADDED, ROWS, BATCH_INVARIANT,
                     )  # fmt: skip
                 chunk += 1
-            result, lse_log2 = finish_softmax(result, lse_log2, denominator)
+            arrived = tl.where(folds, 1, chunk - first_chunk)
         else:
-            result, lse_log2 = attend_span(
+            accumulator, maximum, denominator = attend_span(
                 query, query_rest, query_position, slope_log2, tree_row_ptr, table_ptr, keys, values,
                 begin, end, first_position, last_position, origin, limits, factors,
                 KEYS, VALUES, ROWS, BLOCK_SIZE, BLOCK_N, CAUSAL, FEATURES, IS_ALIGNED=False,
             )  # fmt: skip
-            if slot >= 0:
-                store_partial(
-                    partials_ptr, partials_ptr + partial_lse_offset, result, lse_log2, slot, head_tile,
-                    num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS,
-                )  # fmt: skip
+        result, lse_log2 = finish_softmax(accumulator, maximum, denominator)
 
         is_last = slot < 0  # the only item of its tile, or the one that finds all others done
         if slot >= 0:
+            if BATCH_INVARIANT:
+                if folds:
+                    store_partial(
+                        partials_ptr, partial_lse_offset, accumulator, maximum, denominator, slot,
+                        head_tile, num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS, True,
+                    )  # fmt: skip
+            else:
+                store_partial(
+                    partials_ptr, partial_lse_offset, result, lse_log2, denominator, slot,
+                    head_tile, num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS, False,
+                )  # fmt: skip
             tl.debug_barrier()  # all threads have stored before one of them says so
             arrivals_ptr = counts_ptr + 4 + first_slot * num_head_tiles + head_tile
-            is_last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == num_parts - 1
+            is_last = tl.atomic_add(arrivals_ptr, arrived, sem="acq_rel") == awaited - arrived
+            if BATCH_INVARIANT:
+                is_last = is_last & (arrived > 0)  # who has nothing to add may come after the last
             if is_last:
                 tl.store(arrivals_ptr, 0)  # as the next layer expects it
                 result, lse_log2 = merge_partials(
-                    partials_ptr, partials_ptr + partial_lse_offset, first_slot, num_slots,
+                    partials_ptr, partial_lse_offset, first_slot, num_slots,
                     head_tile, num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS, WALKS,
+                    BATCH_INVARIANT,
                 )  # fmt: skip
         if is_last:
             result *= load_scale(v_scale_ptr, kv_head, V_SCALE)
@@ -854,7 +874,7 @@ class PreparedAttention:
             programs = min(all_tiles, num_tokens // tiling.queries_per_tile + num_seqs) + tiling.max_items - all_tiles
             programs += num_tokens // tiling.queries_per_tile + 1
         partial_rows = tiling.max_slots * tiling.head_tiles * tiling.slot_rows
-        self._partial_elements = partial_rows * (head_size_v + 1)
+        self._partial_elements = partial_rows * (head_size_v + (2 if tiling.batch_invariant else 1))
         tree_mask = options.tree_mask
         strides = (
             *out.stride()[:2], *query.stride()[:2],
@@ -874,7 +894,6 @@ class PreparedAttention:
             options.attention_chunk is not None, options.softcap is not None, options.alibi_slopes is not None,
             options.sinks is not None, tree_mask is not None,
             tiling.batch_invariant, tiling.workers > 0, lse is not None, ITEM_FIELDS,
-            FINE_CHUNK, COARSE_CHUNK, COARSE_FROM,
         )  # fmt: skip
         self._launch = launch_attention.prepare(
             (query.dtype, key_cache.dtype, out.dtype, specialized((num_kv_heads, *strides)), constants),

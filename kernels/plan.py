@@ -14,46 +14,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedattn.kernels import tiling as tilings
 from pagedattn.kernels.launcher import Launcher
 from pagedattn.kernels.tiling import (
     CHUNK_ALIGNMENT,
-    COARSE_CHUNK,
-    COARSE_FROM,
-    FINE_CHUNK,
     ITEM_FIELDS,
     MAX_SORTED,
     MIN_CHUNK,
     MIN_SHARE,
     SHARE_UNIT,
     AttentionTiling,
+    ceil_div,
     next_power_of_2,
 )
 
+FINE_CHUNK = tl.constexpr(tilings.FINE_CHUNK)
+MIDDLE_CHUNK = tl.constexpr(tilings.MIDDLE_CHUNK)
+COARSE_CHUNK = tl.constexpr(tilings.COARSE_CHUNK)
+MIDDLE_FROM = tl.constexpr(tilings.MIDDLE_FROM)
+COARSE_FROM = tl.constexpr(tilings.COARSE_FROM)
+
 
 @triton.jit
-def chunk_of(position, FINE: tl.constexpr, COARSE: tl.constexpr, FROM: tl.constexpr):
+def part_of(position, size):
+    """Index of the batch-invariant part of ``size`` keys that key positions lie in."""
+    middle_size = tl.maximum(size, MIDDLE_CHUNK)
+    first_middle = MIDDLE_FROM // size
+    middle = first_middle + (position - MIDDLE_FROM) // middle_size
+    first_coarse = first_middle + (COARSE_FROM - MIDDLE_FROM) // middle_size
+    coarse = first_coarse + (position - COARSE_FROM) // COARSE_CHUNK
+    further = tl.where(position < COARSE_FROM, middle, coarse)
+    return tl.where((position < MIDDLE_FROM) | (size >= COARSE_CHUNK), position // size, further)
+
+
+@triton.jit
+def part_begin(index, size):
+    """First key position of batch-invariant parts."""
+    middle_size = tl.maximum(size, MIDDLE_CHUNK)
+    first_middle = MIDDLE_FROM // size
+    middle = MIDDLE_FROM + (index - first_middle) * middle_size
+    first_coarse = first_middle + (COARSE_FROM - MIDDLE_FROM) // middle_size
+    coarse = COARSE_FROM + (index - first_coarse) * COARSE_CHUNK
+    further = tl.where(index <= first_coarse, middle, coarse)
+    return tl.where((index <= first_middle) | (size >= COARSE_CHUNK), index * size, further)
+
+
+@triton.jit
+def chunk_of(position):
     """Index of the batch-invariant chunk that key positions lie in."""
-    return tl.where(position < FROM, position // FINE, FROM // FINE + (position - FROM) // COARSE)
+    return part_of(position, FINE_CHUNK)
 
 
 @triton.jit
-def chunk_begin(index, FINE: tl.constexpr, COARSE: tl.constexpr, FROM: tl.constexpr):
+def chunk_begin(index):
     """First key position of batch-invariant chunks."""
-    return tl.where(index < FROM // FINE, index * FINE, FROM + (index - FROM // FINE) * COARSE)
-
-
-@triton.jit
-def part_of(position, chunk, COARSE: tl.constexpr, FROM: tl.constexpr):
-    """Index of the batch-invariant item that key positions lie in."""
-    further = FROM // chunk + (position - FROM) // COARSE
-    return tl.where((chunk >= COARSE) | (position < FROM), position // chunk, further)
-
-
-@triton.jit
-def part_begin(index, chunk, COARSE: tl.constexpr, FROM: tl.constexpr):
-    """First key position of batch-invariant items."""
-    further = FROM + (index - FROM // chunk) * COARSE
-    return tl.where((chunk >= COARSE) | (index <= FROM // chunk), index * chunk, further)
+    return part_begin(index, FINE_CHUNK)
 
 
 @triton.jit
@@ -90,8 +105,15 @@ def store_counts(counts_ptr, num_items, num_rows, keys, num_arrivals, program, n
         tl.store(counts_ptr + 4 + start + lane, 0, mask=start + lane < num_arrivals)
 
 
+@triton.jit
+def assign_slots(wanted, max_slots):
+    """First slot of each tile [LANES] that wants some, and whether it gets them: in order, as far as there are any."""
+    first_slot = tl.cumsum(wanted) - wanted
+    return first_slot, (wanted > 0) & (first_slot + wanted <= max_slots)
+
+
 @triton.jit(
-    do_not_specialize=["num_seqs", "sliding_window", "workers", "num_arrivals", "num_programs"],
+    do_not_specialize=["num_seqs", "sliding_window", "workers", "max_slots", "num_arrivals", "num_programs"],
 )
 def plan_walks_kernel(
     seq_lens_ptr,
@@ -101,9 +123,11 @@ def plan_walks_kernel(
     num_seqs,
     sliding_window,
     workers,
+    max_slots,
     num_arrivals,
     num_programs,
     HAS_WINDOW: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
     MIN_UNITS: tl.constexpr,
     UNIT: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -130,8 +154,19 @@ def plan_walks_kernel(
     share = tl.maximum(tl.cdiv(line, workers), MIN_UNITS)
     first_worker = start // share
     parts = tl.where(is_tile, (stop - 1) // share - first_worker + 1, 0)
-    is_split = parts > 1
-    first_slot = 2 * first_worker + (start % share > 0).to(tl.int32)
+    if BATCH_INVARIANT:  # a share ends where the chunk begins in which it would end
+        first_chunk = chunk_of(first_key)
+        end_chunk = chunk_of(tl.maximum(seq_len - 1, first_key)) + 1
+        end_of_first = start + chunk_begin(first_chunk + 1) // UNIT - first_unit
+        owner = (tl.minimum(end_of_first, stop) - 1) // share  # who begins the tile
+        continued_from = chunk_of((first_unit + (owner + 1) * share - start) * UNIT)
+        is_continued = is_tile & ((owner + 1) * share < stop)
+        num_slots = tl.where(is_continued, end_chunk - continued_from + 1, 0)
+        first_slot, is_split = assign_slots(num_slots, max_slots)
+    else:
+        is_split = parts > 1
+        num_slots = parts
+        first_slot = 2 * first_worker + (start % share > 0).to(tl.int32)
 
     store_counts(counts_ptr, workers, num_rows, share * UNIT, num_arrivals, program, num_programs, NUM_LANES)
     first_lane = program * NUM_LANES
@@ -152,12 +187,23 @@ def plan_walks_kernel(
         end = tl.minimum(stop, (worker + 1) * share)
         begins_share = begin == worker * share
         is_followed = (end == stop) & (end % share > 0) & (end < line)
+        item_queries = queries
+        key = tl.where(begin == start, first_key, (first_unit + begin - start) * UNIT)
+        end_key = tl.minimum(seq_len, (first_unit + end - start) * UNIT)
+        slot = 2 * worker + tl.where(begins_share, 0, 1)
+        if BATCH_INVARIANT:
+            chunk = chunk_of((first_unit + begin - start) * UNIT)
+            next_chunk = tl.where(end == stop, end_chunk, chunk_of((first_unit + end - start) * UNIT))
+            chunk = tl.where(is_split, chunk, tl.where(worker == owner, first_chunk, end_chunk))
+            next_chunk = tl.where(is_split, next_chunk, end_chunk)
+            item_queries = tl.where(chunk < next_chunk, queries, 0)  # a share may be left without any of the tile
+            key = tl.maximum(first_key, chunk_begin(chunk))
+            end_key = tl.minimum(seq_len, chunk_begin(next_chunk))
+            slot = first_slot + tl.where(worker == owner, 0, chunk - continued_from + 1)
         store_item(
-            items_ptr, tl.where(begins_share, worker, workers + tile), part < parts, sequence, row, queries, position,
-            tl.where(begin == start, first_key, (first_unit + begin - start) * UNIT),
-            tl.minimum(seq_len, (first_unit + end - start) * UNIT),
-            tl.where(is_split, 2 * worker + tl.where(begins_share, 0, 1), -1), first_slot, parts, parts,
-            tl.where(is_followed, workers + tile + 1, -1), position, FIELDS,
+            items_ptr, tl.where(begins_share, worker, workers + tile), part < parts, sequence, row, item_queries,
+            position, key, end_key, tl.where(is_split & (item_queries > 0), slot, -1),
+            first_slot, num_slots, num_slots, tl.where(is_followed, workers + tile + 1, -1), position, FIELDS,
         )  # fmt: skip
         part += num_programs
 
@@ -166,6 +212,7 @@ def plan_walks_kernel(
     do_not_specialize=[
         "num_seqs",
         "sliding_window",
+        "workers",
         "target_items",
         "max_items",
         "max_slots",
@@ -180,6 +227,7 @@ def plan_items_kernel(
     counts_ptr,
     num_seqs,
     sliding_window,
+    workers,
     target_items,
     max_items,
     max_slots,
@@ -191,9 +239,6 @@ def plan_items_kernel(
     SORTED: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     CHUNK_ALIGNMENT: tl.constexpr,
-    FINE: tl.constexpr,
-    COARSE: tl.constexpr,
-    FROM: tl.constexpr,
     FIELDS: tl.constexpr,
     NUM_LANES: tl.constexpr,
 ):
@@ -211,19 +256,17 @@ def plan_items_kernel(
     share = tl.cdiv(tl.sum(tiles.to(tl.int64) * span), target_items).to(tl.int32)
 
     if BATCH_INVARIANT:
-        chunk = share * 0 + FINE
+        chunk = share * 0 + MIDDLE_CHUNK
         while chunk < share:
             chunk *= 2
         last_key = tl.maximum(seq_len - 1, 0)
-        parts = part_of(last_key, chunk, COARSE, FROM) + 1
-        slots = chunk_of(last_key, FINE, COARSE, FROM) + 1
+        parts = part_of(last_key, chunk) + 1
+        slots = chunk_of(last_key) + 1
         if HAS_WINDOW:
             parts = tl.minimum(parts, tl.cdiv(span, chunk) + 1)
-            slots = tl.minimum(slots, tl.cdiv(span, FINE) + 1)
-        wants_split = (parts > 1) & (span > share)
-        wanted = tl.where(wants_split, tiles * slots, 0)
-        first_slot = tl.cumsum(wanted) - wanted
-        is_split = wants_split & (first_slot + wanted <= max_slots)
+            slots = tl.minimum(slots, tl.cdiv(span, FINE_CHUNK) + 1)
+        wanted = tl.where((parts > 1) & (span > share), tiles * slots, 0)
+        first_slot, is_split = assign_slots(wanted, max_slots)
     else:
         chunk = tl.maximum(tl.cdiv(share, CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT, MIN_CHUNK)
         parts = tl.maximum(tl.cdiv(span, chunk), 1)
@@ -244,7 +287,20 @@ def plan_items_kernel(
 
     program = tl.program_id(0)
     num_items, num_rows = tl.minimum(tl.sum(items), max_items), tl.load(query_start_loc_ptr + num_seqs)
-    store_counts(counts_ptr, num_items, num_rows, chunk, num_arrivals, program, num_programs, NUM_LANES)
+    num_firsts = num_items  # a thread block's first item
+    if BATCH_INVARIANT:
+        num_firsts = workers
+        first_lane = program * NUM_LANES
+        while first_lane < workers:  # those for whom the list is too short
+            idle_worker = first_lane + sequence
+            is_idle = (idle_worker < workers) & (idle_worker >= num_items)
+            nothing = tl.zeros_like(idle_worker)
+            store_item(
+                items_ptr, idle_worker, is_idle, nothing, nothing, nothing, nothing, nothing, nothing, nothing - 1,
+                nothing, nothing, nothing, nothing - 1, nothing, FIELDS,
+            )  # fmt: skip
+            first_lane += num_programs * NUM_LANES
+    store_counts(counts_ptr, num_firsts, num_rows, chunk, num_arrivals, program, num_programs, NUM_LANES)
     index = program
     most_items = tl.max(items)
     while index < most_items:
@@ -259,25 +315,29 @@ def plan_items_kernel(
             first_key = tl.maximum(position - sliding_window + 1, 0)
             end_key = tl.minimum(seq_len, position + queries - 1 + sliding_window)
         first_of_tile = first_slot + tile * slots
+        item = first_item + index
+        next_item = -1
         if BATCH_INVARIANT:
-            wanted_part = part_of(first_key, chunk, COARSE, FROM) + part
-            key = tl.maximum(first_key, part_begin(wanted_part, chunk, COARSE, FROM))
-            part_end = part_begin(wanted_part + 1, chunk, COARSE, FROM)
-            first_chunk = chunk_of(first_key, FINE, COARSE, FROM)
-            slot = first_of_tile + chunk_of(key, FINE, COARSE, FROM) - first_chunk
-            used_slots = chunk_of(tl.maximum(end_key - 1, 0), FINE, COARSE, FROM) - first_chunk + 1
-            used_slots = tl.where(end_key > first_key, used_slots, 0)  # rows before the sequence see nothing
+            first_part = part_of(first_key, chunk)
+            key = tl.maximum(first_key, part_begin(first_part + part, chunk))
+            part_end = part_begin(first_part + part + 1, chunk)
+            # The tile's first slot stands for all chunks of its first item.
+            last_folded = chunk_of(tl.maximum(tl.minimum(end_key, part_begin(first_part + 1, chunk)) - 1, first_key))
+            slot = first_of_tile + tl.where(part == 0, 0, chunk_of(key) - last_folded)
+            used_slots = tl.maximum(chunk_of(tl.maximum(end_key - 1, 0)) - last_folded, 0) + 1
+            awaited = used_slots
+            next_item = tl.where(item + workers < num_items, item + workers, -1)
         else:
             key = first_key + part * chunk
             part_end = key + chunk
             slot = first_of_tile + part
             used_slots = slots
-        item = first_item + index
+            awaited = parts
         store_item(
             items_ptr, item, (index < items) & (item < max_items), sequence, begin + first_query, queries, position,
             tl.where(is_split, key, first_key), tl.where(is_split, tl.minimum(end_key, part_end), end_key),
             tl.where(is_split, slot, -1), tl.where(is_split, first_of_tile, 0), tl.where(is_split, used_slots, 0),
-            tl.where(is_split, parts, 0), -1, origin, FIELDS,
+            tl.where(is_split, awaited, 0), next_item, origin, FIELDS,
         )  # fmt: skip
         index += num_programs
 
@@ -291,21 +351,27 @@ class PreparedPlan:
         self, tiling: AttentionTiling, num_seqs: int, sliding_window: int | None, device: torch.device
     ) -> None:
         num_arrivals = tiling.num_counts - 4
-        # The longer a sequence's list may be, the more programs share it.
-        programs = min(32, max(1, tiling.max_items // max(1, num_seqs)))
         lanes = max(16, next_power_of_2(max(1, num_seqs)))
+        # The longer a sequence's list may be, the more programs share it; and many counters are many stores.
+        programs = min(32, max(1, tiling.max_items // max(1, num_seqs)))
+        if tiling.batch_invariant:
+            programs = max(programs, min(64, ceil_div(num_arrivals, 8 * lanes)))
         has_window, window = sliding_window is not None, sliding_window or 0
-        if tiling.workers:
-            constants: tuple[int | bool, ...] = (has_window, MIN_SHARE // SHARE_UNIT, SHARE_UNIT, ITEM_FIELDS, lanes)
-            sizes: tuple[int, ...] = (num_seqs, window, tiling.workers, num_arrivals, programs)
+        if tiling.has_shares:
+            unit = tilings.FINE_CHUNK if tiling.batch_invariant else SHARE_UNIT
+            constants: tuple[int | bool, ...] = (
+                has_window, tiling.batch_invariant, MIN_SHARE // unit, unit, ITEM_FIELDS, lanes,
+            )  # fmt: skip
+            sizes: tuple[int, ...] = (num_seqs, window, tiling.workers, tiling.max_slots, num_arrivals, programs)
             launcher = launch_walks
         else:
             constants = (
                 tiling.queries_per_tile, has_window, tiling.batch_invariant, num_seqs <= MAX_SORTED,
-                MIN_CHUNK, CHUNK_ALIGNMENT, FINE_CHUNK, COARSE_CHUNK, COARSE_FROM, ITEM_FIELDS, lanes,
+                MIN_CHUNK, CHUNK_ALIGNMENT, ITEM_FIELDS, lanes,
             )  # fmt: skip
             sizes = (
-                num_seqs, window, tiling.target_items, tiling.max_items, tiling.max_slots, num_arrivals, programs,
+                num_seqs, window, tiling.workers, tiling.target_items, tiling.max_items, tiling.max_slots,
+                num_arrivals, programs,
             )  # fmt: skip
             launcher = launch_items
         self._launch = launcher.prepare(constants, (programs, 1), device, (*sizes, *constants), num_warps=4)

@@ -17,10 +17,12 @@ Pure functions of host integers, so that they can be tested anywhere and never c
 The length of items and shares is chosen on the device (it depends on the lengths); its bounds here make every buffer's
 size a function of shapes alone.
 
-A batch-invariant plan reduces every row in one order whatever surrounds it: keys are taken in *chunks* that lie at
-fixed positions of the sequence (``chunk_of``), each chunk gives a partial, and partials are added up from the first
-on, in registers where one item has several chunks, by the merge where the tile is split. Chunks are longer far into a
-sequence, so that long sequences do not leave many partials.
+A batch-invariant plan reduces every row in one order whatever surrounds it. Keys are taken in *chunks* that lie at
+fixed positions of the sequence (``chunk_of``), each chunk gives a partial, and a row's result is the left fold of its
+partials, from the first chunk on. The item with which a tile begins folds in registers, and leaves one slot if the
+tile goes on elsewhere; an item that continues a tile leaves a slot for each of its chunks; the merge folds the slots in
+their order. Chunks are longer far into a sequence, so that long sequences do not leave many slots. Shares end where
+chunks begin. Tiles have one number of rows for every query length, and workers walk prefills too.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ SHARE_UNIT = 16  # keys; shares end where pages of so many begin
 MIN_SHARE = 64  # keys
 MIN_CHUNK = 128  # keys; a shorter item costs more in its launch and merge than it saves
 CHUNK_ALIGNMENT = 128  # keys; a multiple of every BLOCK_N, so that only an item's last iteration is ragged
-FINE_CHUNK = 256  # keys of a batch-invariant chunk below COARSE_FROM
-COARSE_CHUNK = 2048  # and from there on
+FINE_CHUNK = 64  # keys of a batch-invariant chunk below MIDDLE_FROM: a tile of Hopper's kernel
+MIDDLE_CHUNK = 256  # below COARSE_FROM
+COARSE_CHUNK = 1024  # and from there on
+MIDDLE_FROM = 1024
 COARSE_FROM = 8192
-INVARIANT_ROWS = 64
+INVARIANT_ROWS = 32  # the columns that Hopper's decode kernel has registers for
 INVARIANT_PARTIAL_BYTES = 1 << 26  # of partials that a batch-invariant plan may spend beyond one split tile
 MAX_SORTED = 256  # sequences whose items a plan puts in order of length; more balance by their number
 MAX_ROWS = {128: 128, 256: 64, 576: 32}  # rows of a tile by the largest head size they are for
@@ -56,16 +60,44 @@ def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
+def part_of(position: int, size: int) -> int:
+    """Index of the part that a key position lies in: whole chunks of together ``size`` keys, a power of two, or one
+    chunk where that is longer."""
+    if size >= COARSE_CHUNK or position < MIDDLE_FROM:
+        return position // size
+    middle = max(size, MIDDLE_CHUNK)
+    if position < COARSE_FROM:
+        return MIDDLE_FROM // size + (position - MIDDLE_FROM) // middle
+    return MIDDLE_FROM // size + (COARSE_FROM - MIDDLE_FROM) // middle + (position - COARSE_FROM) // COARSE_CHUNK
+
+
+def part_begin(index: int, size: int) -> int:
+    """First key position of a part."""
+    first_middle = MIDDLE_FROM // size
+    if size >= COARSE_CHUNK or index <= first_middle:
+        return index * size
+    middle = max(size, MIDDLE_CHUNK)
+    first_coarse = first_middle + (COARSE_FROM - MIDDLE_FROM) // middle
+    if index <= first_coarse:
+        return MIDDLE_FROM + (index - first_middle) * middle
+    return COARSE_FROM + (index - first_coarse) * COARSE_CHUNK
+
+
 def chunk_of(position: int) -> int:
     """Index of the batch-invariant chunk that a key position lies in."""
-    if position < COARSE_FROM:
-        return position // FINE_CHUNK
-    return COARSE_FROM // FINE_CHUNK + (position - COARSE_FROM) // COARSE_CHUNK
+    return part_of(position, FINE_CHUNK)
+
+
+def chunk_begin(index: int) -> int:
+    """First key position of a batch-invariant chunk."""
+    return part_begin(index, FINE_CHUNK)
 
 
 def max_chunks(max_seq_len: int) -> int:
     """Upper bound on a sequence's batch-invariant chunks; also for symbolic sizes, hence no branch."""
-    return min(ceil_div(max_seq_len, FINE_CHUNK), COARSE_FROM // FINE_CHUNK + ceil_div(max_seq_len, COARSE_CHUNK))
+    near = ceil_div(max_seq_len, FINE_CHUNK)
+    middle = chunk_of(MIDDLE_FROM) + ceil_div(max_seq_len, MIDDLE_CHUNK)
+    return min(near, middle, chunk_of(COARSE_FROM) + ceil_div(max_seq_len, COARSE_CHUNK))
 
 
 def round_workers(workers: int) -> int:
@@ -92,6 +124,11 @@ class AttentionTiling:
     max_slots: int  # per head tile
     slot_rows: int  # rows of a slot: those of a tile that can be used
     batch_invariant: bool
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether the keys of all tiles are laid end to end and cut among the workers."""
+        return self.workers > 0 and self.tiles_per_sequence <= 1
 
     @property
     def num_counts(self) -> int:
@@ -129,42 +166,39 @@ def choose_tiling(
     tiles_per_sequence = ceil_div(max_query_len, queries_per_tile)
     max_tiles = num_seqs * tiles_per_sequence
     slot_rows = min(rows, max_query_len * heads_per_tile)
-    if not batch_invariant and tiles_per_sequence <= 1 and rows <= MAX_WALKED_ROWS:
-        # Large heads fill a multiprocessor's shared memory with one thread block.
-        workers = round_workers(max(1, multiprocessors * (2 if largest_head <= 128 else 1) // head_tiles))
-        return AttentionTiling(
-            rows=rows,
-            heads_per_tile=heads_per_tile,
-            head_tiles=head_tiles,
-            queries_per_tile=queries_per_tile,
-            tiles_per_sequence=tiles_per_sequence,
-            workers=workers,
-            target_items=workers,
-            max_items=workers + num_seqs,  # a worker's first item, and the first item of each tile
-            max_slots=2 * workers,  # a worker ends one split tile and begins another
-            slot_rows=slot_rows,
-            batch_invariant=False,
-        )
-    target_items = ceil_div(2 * multiprocessors, head_tiles)
-    # An item has at least total / target_items keys, so cutting adds at most target_items items, and a split tile
-    # (of two or more items) has at most twice as many items as it has whole ones. A batch-invariant item ends where a
-    # chunk does, so a window adds another to each split tile, of which there are at most target_items.
-    max_slots = 2 * target_items
-    if batch_invariant:  # a slot for each chunk; tiles for which none are left are not split
-        chunks = max_chunks(max_seq_len)
-        afforded = INVARIANT_PARTIAL_BYTES // (head_tiles * rows * head_size_v * 4)
-        max_slots = chunks + min(afforded, target_items * chunks)
-    can_split = max_seq_len > (FINE_CHUNK if batch_invariant else MIN_CHUNK)
+    # Large heads fill a multiprocessor's shared memory with one thread block.
+    resident = max(1, multiprocessors * (2 if largest_head <= 128 else 1) // head_tiles)
+    workers = target_items = max_slots = 0
+    if batch_invariant:
+        workers = target_items = round_workers(resident)
+        # In a list as below; but an item ends where a chunk does, so a window adds another to each split tile.
+        max_items = workers + num_seqs if tiles_per_sequence <= 1 else max_tiles + 2 * workers
+        if max_seq_len > FINE_CHUNK:  # a slot for each chunk; tiles for which none are left are not split
+            chunks = max_chunks(max_seq_len)
+            afforded = INVARIANT_PARTIAL_BYTES // (head_tiles * slot_rows * head_size_v * 4)
+            max_slots = chunks + min(afforded, workers * chunks)
+    elif tiles_per_sequence <= 1 and rows <= MAX_WALKED_ROWS:
+        workers = target_items = round_workers(resident)
+        max_items = workers + num_seqs  # a worker's first item, and the first item of each tile
+        max_slots = 2 * workers  # a worker ends one split tile and begins another
+    else:
+        target_items = ceil_div(2 * multiprocessors, head_tiles)
+        max_items = max_tiles
+        if max_seq_len > MIN_CHUNK:
+            # An item has at least total / target_items keys, so cutting adds at most target_items items, and a split
+            # tile (of two or more items) has at most twice as many items as it has whole ones.
+            max_items += target_items
+            max_slots = 2 * target_items
     return AttentionTiling(
         rows=rows,
         heads_per_tile=heads_per_tile,
         head_tiles=head_tiles,
         queries_per_tile=queries_per_tile,
         tiles_per_sequence=tiles_per_sequence,
-        workers=0,
+        workers=workers,
         target_items=target_items,
-        max_items=max_tiles + (target_items * (2 if batch_invariant else 1) if can_split else 0),
-        max_slots=max_slots if can_split else 0,
+        max_items=max_items,
+        max_slots=max_slots,
         slot_rows=slot_rows,
         batch_invariant=batch_invariant,
     )
@@ -284,7 +318,7 @@ def choose_hopper_decode(
     if not is_served or page < MIN_PAGE or (cache_itemsize < 1 and head_size < 128) or cache_itemsize > 2:
         return None
     slot_rows = next_power_of_2(tiling.slot_rows)
-    columns = max(8, slot_rows)
+    columns = tiling.rows if tiling.batch_invariant else max(8, slot_rows)
     if columns > HOPPER_MAX_COLUMNS or key_rows is None or value_rows is None:
         return None
     if cache_itemsize == 2 and has_token_scales:  # its products read such tiles as they are

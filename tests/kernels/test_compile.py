@@ -14,8 +14,6 @@ import torch
 from pagedattn.kernels.quantization import HEAD_SCALE, NO_SCALE, TENSOR_SCALE, TOKEN_SCALE
 from pagedattn.kernels.tiling import (
     CHUNK_ALIGNMENT,
-    COARSE_CHUNK,
-    COARSE_FROM,
     FINE_CHUNK,
     HOPPER_HALF_SHARED_MEMORY,
     ITEM_FIELDS,
@@ -167,9 +165,6 @@ def compile_attention(
         "BATCH_INVARIANT": variant.batch_invariant,
         "WALKS": tiling.workers > 0,
         "FIELDS": ITEM_FIELDS,
-        "FINE": FINE_CHUNK,
-        "COARSE": COARSE_CHUNK,
-        "FROM": COARSE_FROM,
     }
     compile_kernel(
         kernel, capability, pointers, constants,
@@ -346,9 +341,10 @@ def test_the_other_kernels_compile(capability: int) -> None:
 
     for has_window in (False, True):
         shared: dict[str, Any] = {"HAS_WINDOW": has_window, "FIELDS": ITEM_FIELDS, "NUM_LANES": 256}
-        walks = {"MIN_UNITS": MIN_SHARE // SHARE_UNIT, "UNIT": SHARE_UNIT}
+        unit = FINE_CHUNK if has_window else SHARE_UNIT
+        walks = {"MIN_UNITS": MIN_SHARE // unit, "UNIT": unit, "BATCH_INVARIANT": has_window}
         items = {"QUERIES_PER_TILE": 4, "BATCH_INVARIANT": has_window, "SORTED": True, "MIN_CHUNK": MIN_CHUNK}
-        items |= {"CHUNK_ALIGNMENT": CHUNK_ALIGNMENT, "FINE": FINE_CHUNK, "COARSE": COARSE_CHUNK, "FROM": COARSE_FROM}
+        items["CHUNK_ALIGNMENT"] = CHUNK_ALIGNMENT
         for kernel, constants in ((plan_walks_kernel, walks), (plan_items_kernel, items)):
             pointers = {name: "*i32" for name in kernel.arg_names if name.endswith("_ptr")}
             compile_kernel(kernel, capability, pointers, {**constants, **shared}, num_warps=4)

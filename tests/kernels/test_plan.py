@@ -98,7 +98,7 @@ def test_plan_covers_every_key_once_within_its_bounds(
         tiles.setdefault(item[1], []).append(item)
     written: list[int] = []  # slots, over all tiles
     for parts in tiles.values():
-        sequence, row, queries, position, _, _, slot, first_slot, num_slots, num_parts, _, origin = parts[0]
+        sequence, row, queries, position, _, _, slot, first_slot, num_slots, awaited, _, origin = parts[0]
         assert origin == seq_lens[sequence] - query_lens[sequence]
         assert position == origin + row - first_row[sequence]
         assert 1 <= queries <= tiling.queries_per_tile
@@ -114,19 +114,21 @@ def test_plan_covers_every_key_once_within_its_bounds(
         if slot < 0:
             assert len(parts) == 1
             continue
-        assert num_parts == len(parts)
+        assert awaited == (num_slots if batch_invariant else len(parts))
         assert all(item[7:10] == parts[0][7:10] for item in parts)
         slots = list(range(first_slot, first_slot + num_slots))
-        if tiling.workers:
+        if tiling.workers and not batch_invariant:
             slots = [first_slot, *(2 * (first_slot // 2 + index) for index in range(1, num_slots))]
         own = [item[6] for item in parts]
-        if batch_invariant:  # one for each chunk, and items end where chunks do
+        if batch_invariant:  # one for what the tile begins with, then one for each chunk; items end where chunks do
             assert all(begin == first_key or begin in CHUNK_BEGINS for begin, _, _ in pieces)
-            own = [
+            own = [first_slot] + [
                 number
                 for begin, end, first in pieces
+                if first != first_slot
                 for number in range(first, first + chunk_of(end - 1) - chunk_of(begin) + 1)
             ]
+            assert own == slots  # in the order of keys
         elif not tiling.workers:
             assert all(end - begin <= counts[2] for begin, end, _ in pieces)
         assert sorted(own) == slots
