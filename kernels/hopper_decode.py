@@ -39,12 +39,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pagedattn.kernels import tiling as tilings
 from pagedattn.kernels.launcher import Descriptors, Launcher, specialized
 from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.quantization import scale_mode, token_strides
 from pagedattn.kernels.tiling import ITEM_FIELDS, AttentionTiling, CacheRows, HopperDecodeLaunch
 
 LANES = gl.constexpr(32)
+FINE_CHUNK = gl.constexpr(tilings.FINE_CHUNK)
+MIDDLE_CHUNK = gl.constexpr(tilings.MIDDLE_CHUNK)
+COARSE_CHUNK = gl.constexpr(tilings.COARSE_CHUNK)
+MIDDLE_FROM = gl.constexpr(tilings.MIDDLE_FROM)
+COARSE_FROM = gl.constexpr(tilings.COARSE_FROM)
 # Names of Triton 3.6 that later versions have changed.
 fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -91,17 +97,28 @@ def visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL: gl.constexpr
 
 
 @gluon.jit
-def load_blocks(table_ptr, first_page, last_page, PAGES_PER_BLOCK: gl.constexpr):
-    """Block ids of the next LANES pages, the last page repeated past the end."""
+def next_pages(page, first_page, last_page, BATCH_INVARIANT: gl.constexpr):
+    """The LANES pages from ``page`` on, the last one repeated past the end, the first one before the begin."""
     lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
-    return gl.load(table_ptr + gl.minimum(first_page + lane, last_page) // PAGES_PER_BLOCK)
+    pages = gl.minimum(page + lane, last_page)
+    if BATCH_INVARIANT:  # elsewhere nobody asks for pages before the first
+        pages = gl.maximum(pages, first_page)
+    return pages
 
 
 @gluon.jit
-def page_rows(blocks, first_page, last_page, block_rows, PAGE: gl.constexpr, PAGES_PER_BLOCK: gl.constexpr):
+def load_blocks(table_ptr, page, first_page, last_page, PAGES_PER_BLOCK: gl.constexpr, BATCH_INVARIANT: gl.constexpr):
+    """Block ids of the next pages."""
+    return gl.load(table_ptr + next_pages(page, first_page, last_page, BATCH_INVARIANT) // PAGES_PER_BLOCK)
+
+
+@gluon.jit
+def page_rows(
+    blocks, page, first_page, last_page, block_rows, PAGE: gl.constexpr, PAGES_PER_BLOCK: gl.constexpr,
+    BATCH_INVARIANT: gl.constexpr,
+):  # fmt: skip
     """Rows at which the pages of ``load_blocks`` begin."""
-    lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
-    page = gl.minimum(first_page + lane, last_page)
+    page = next_pages(page, first_page, last_page, BATCH_INVARIANT)
     return blocks * block_rows + (page % PAGES_PER_BLOCK) * PAGE
 
 
@@ -119,7 +136,7 @@ def produce(
     keys, values, keys_full, values_full, tile_empty, warmed,
     BLOCK_SIZE: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, TILE_BYTES: gl.constexpr,
     SAME_ROWS: gl.constexpr, CAUSAL: gl.constexpr, HAS_CHUNK: gl.constexpr, STAGES: gl.constexpr,
-    FIELDS: gl.constexpr,
+    FIELDS: gl.constexpr, BATCH_INVARIANT: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring with the tiles of a worker's items."""
     PAGES: gl.constexpr = BLOCK_N // PAGE
@@ -133,16 +150,25 @@ def produce(
         begin, end = visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL, HAS_CHUNK)
         if begin < end:
             table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
-            page = begin // PAGE
+            first_page = begin // PAGE
             last_page = (end - 1) // PAGE
-            blocks = load_blocks(table_ptr, page, last_page, PAGES_PER_BLOCK)
+            page = first_page
+            if BATCH_INVARIANT:  # tiles begin at their multiples, whatever the first key in sight
+                page = begin // BLOCK_N * PAGES
+            blocks = load_blocks(table_ptr, page, first_page, last_page, PAGES_PER_BLOCK, BATCH_INVARIANT)
             while page <= last_page:
-                key_rows = page_rows(blocks, page, last_page, key_block_rows, PAGE, PAGES_PER_BLOCK)
+                key_rows = page_rows(
+                    blocks, page, first_page, last_page, key_block_rows, PAGE, PAGES_PER_BLOCK, BATCH_INVARIANT
+                )
                 value_rows = key_rows
                 if not SAME_ROWS:
-                    value_rows = page_rows(blocks, page, last_page, value_block_rows, PAGE, PAGES_PER_BLOCK)
+                    value_rows = page_rows(
+                        blocks, page, first_page, last_page, value_block_rows, PAGE, PAGES_PER_BLOCK, BATCH_INVARIANT
+                    )
                 if page + LANES <= last_page:  # these arrive while the copies of the pages before them are asked for
-                    blocks = load_blocks(table_ptr, page + LANES, last_page, PAGES_PER_BLOCK)
+                    blocks = load_blocks(
+                        table_ptr, page + LANES, first_page, last_page, PAGES_PER_BLOCK, BATCH_INVARIANT
+                    )
                 index = 0
                 while (index < LANES) & (page + index <= last_page):
                     mbarrier.wait(tile_empty.index(stage), phase)
@@ -166,6 +192,133 @@ def produce(
                         stage = 0
                         phase ^= 1
                 page += LANES
+
+
+# --- batch-invariant sums ---------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def chunk_of(position):
+    """Index of the batch-invariant chunk that a key position lies in: ``kernels.tiling.chunk_of``."""
+    first_middle = MIDDLE_FROM // FINE_CHUNK
+    first_coarse = first_middle + (COARSE_FROM - MIDDLE_FROM) // MIDDLE_CHUNK
+    middle = first_middle + (position - MIDDLE_FROM) // MIDDLE_CHUNK
+    coarse = first_coarse + (position - COARSE_FROM) // COARSE_CHUNK
+    return gl.where(position < MIDDLE_FROM, position // FINE_CHUNK, gl.where(position < COARSE_FROM, middle, coarse))
+
+
+@gluon.jit
+def fold_factors(maximum, next_maximum):
+    """The maximum of two partials, and what each is multiplied by when they are added up."""
+    new_maximum = gl.maximum(maximum, next_maximum)
+    shift = finite_shift(new_maximum)
+    return new_maximum, gl.exp2(maximum - shift), gl.exp2(next_maximum - shift)
+
+
+@gluon.jit
+def fold_chunk(
+    partial, maximum, denominator, total_tile, maximum_tile, denominator_tile, num_folded, has_more,
+    LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Add a chunk's partial [D, COLUMNS] to those before it, which lie in total_tile, maximum_tile and denominator_tile
+    unless it is the first one, and stay there if it is not the last. Returns the sum."""
+    COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    total = gl.zeros(partial.shape, gl.float32, LAYOUT)
+    total_maximum = gl.full(maximum.shape, float("-inf"), gl.float32, COLUMN)
+    total_denominator = gl.zeros(maximum.shape, gl.float32, COLUMN)
+    if num_folded > 0:
+        total = total_tile.load(LAYOUT)
+        total_maximum = maximum_tile.load(COLUMN)
+        total_denominator = denominator_tile.load(COLUMN)
+    maximum, correction, factor = fold_factors(total_maximum, maximum)
+    denominator = gl.fma(total_denominator, correction, denominator * factor)
+    total = gl.fma(total, correction[None, :], partial * factor[None, :])
+    if has_more:
+        synchronize()  # all threads have read
+        total_tile.store(total)
+        maximum_tile.store(maximum)
+        denominator_tile.store(denominator)
+    return total, maximum, denominator
+
+
+@gluon.jit
+def store_partial(
+    partials_ptr, partial_lse_offset, partial, maximum, denominator, slot, head_tile, num_head_tiles, slot_rows,
+    exists, HEAD_DIM: gl.constexpr, PRODUCT: gl.constexpr,
+):  # fmt: skip
+    """Store one slot of a split tile for one head tile: a partial [D, COLUMNS] as it is summed up."""
+    column = gl.arange(0, exists.shape[0], gl.SliceLayout(0, PRODUCT))
+    dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(1, PRODUCT))
+    partial_row = (slot * num_head_tiles + head_tile) * slot_rows + column
+    gl.store(partials_ptr + partial_row[None, :] * HEAD_DIM + dim[:, None], partial, mask=exists[None, :])
+    maxima_ptr = partials_ptr + partial_lse_offset
+    gl.store(maxima_ptr + partial_row, maximum, mask=exists)
+    gl.store(maxima_ptr + partial_lse_offset // HEAD_DIM + partial_row, denominator, mask=exists)
+
+
+@gluon.jit
+def store_unseen(
+    maxima_ptr, item_ptr, begin, end, slot, first_chunk, head_tile, num_head_tiles, slot_rows, exists,
+    COLUMN: gl.constexpr,
+):  # fmt: skip
+    """Say of an item's chunks outside of what its rows see, begin..end, that nothing is there. Returns how many chunks
+    the item has."""
+    column = gl.arange(0, exists.shape[0], COLUMN)
+    nothing = gl.full([exists.shape[0]], float("-inf"), gl.float32, COLUMN)
+    end_key = gl.load(item_ptr + 5)
+    end_chunk = gl.where(gl.load(item_ptr + 4) < end_key, chunk_of(gl.maximum(end_key - 1, 0)) + 1, first_chunk)
+    is_seen = begin < end
+    first_seen = chunk_of(begin)
+    last_seen = chunk_of(gl.maximum(end - 1, 0))
+    chunk = first_chunk
+    while chunk < end_chunk:
+        if (chunk < first_seen) | (chunk > last_seen) | (not is_seen):
+            partial_row = ((slot + chunk - first_chunk) * num_head_tiles + head_tile) * slot_rows + column
+            gl.store(maxima_ptr + partial_row, nothing, mask=exists)
+        chunk += 1
+    return end_chunk - first_chunk
+
+
+@gluon.jit
+def fold_partials(
+    partials_ptr, partial_lse_offset, first_slot, num_slots, head_tile, num_head_tiles, slot_rows, row_exists,
+    HEAD_DIM: gl.constexpr, SLOTS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """As ``merge_partials``, one slot after the other, by the operations with which ``consume`` folds chunks.
+
+    SLOTS at a time do not wait for each other's loads. A slot of keys that no row sees has its maxima alone.
+    """
+    RESULT: gl.constexpr = gl.SliceLayout(0, LAYOUT)  # [ROWS, D]
+    ROW: gl.constexpr = gl.SliceLayout(1, RESULT)
+    ROWS: gl.constexpr = row_exists.shape[0]
+    row = gl.arange(0, ROWS, ROW)
+    dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, RESULT))
+    exists = gl.convert_layout(row_exists, ROW)
+    maxima_ptr = partials_ptr + partial_lse_offset
+    denominators_ptr = maxima_ptr + partial_lse_offset // HEAD_DIM
+    maximum = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+    denominator = gl.zeros([ROWS], gl.float32, ROW)
+    result = gl.zeros([ROWS, HEAD_DIM], gl.float32, RESULT)
+    start = 0
+    while start < num_slots:
+        for number in gl.static_range(SLOTS):
+            slot = first_slot + start + number
+            mask = exists & (start + number < num_slots)
+            partial_row = (slot * num_head_tiles + head_tile) * slot_rows + row
+            # Other multiprocessors wrote these: read past this one's first-level cache.
+            next_maximum = gl.load(maxima_ptr + partial_row, mask=mask, other=float("-inf"), cache_modifier=".cg")
+            weight = gl.load(denominators_ptr + partial_row, mask=mask, other=0.0, cache_modifier=".cg")
+            partial_ptrs = partials_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :]
+            partial = gl.load(partial_ptrs, mask=mask[:, None], other=0.0, cache_modifier=".cg")
+            is_empty = next_maximum == float("-inf")
+            weight = gl.where(is_empty, 0.0, weight)
+            partial = gl.where(is_empty[:, None], 0.0, partial)
+            maximum, correction, factor = fold_factors(maximum, next_maximum)
+            denominator = gl.fma(denominator, correction, weight * factor)
+            result = gl.fma(result, correction[:, None], partial * factor[:, None])
+        start += SLOTS
+    denominator = gl.where(denominator == 0.0, 1.0, denominator)
+    return result * (1.0 / denominator)[:, None], maximum + gl.log2(denominator)
 
 
 # --- consumer ---------------------------------------------------------------------------------------------------------
@@ -362,13 +515,15 @@ def consume(
     head_tile, num_head_tiles, kv_head, first_head, heads_left, slot_rows, item,
     stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
     stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
-    keys, values, key_tile, value_tile, query_tile, probability_tile, keys_full, values_full, tile_empty,
+    keys, values, key_tile, value_tile, query_tile, probability_tile,
+    total_tile, maximum_tile, denominator_tile,
+    keys_full, values_full, tile_empty,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, QUERIES_PER_TILE: gl.constexpr,
     PAGE: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, SLOT_ROWS: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     HAS_ALIBI: gl.constexpr, HAS_SINKS: gl.constexpr, RETURN_LSE: gl.constexpr,
     FORMAT: gl.constexpr, K_SCALE: gl.constexpr, V_SCALE: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, FIELDS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, FIELDS: gl.constexpr, BATCH_INVARIANT: gl.constexpr,
 ):  # fmt: skip
     """Attention of a worker's items over the tiles in the ring."""
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])  # of S^T and of O^T
@@ -383,6 +538,7 @@ def consume(
     STORED_ROW: gl.constexpr = gl.SliceLayout(1, STORED)
     DTYPE: gl.constexpr = query_tile.dtype
     IS_QUANTIZED: gl.constexpr = FORMAT != "same"
+    ALIGNMENT: gl.constexpr = BLOCK_N if BATCH_INVARIANT else PAGE  # keys; at whose multiples tiles begin
     shared_scale = load_shared_scale(k_scale_ptr, kv_head, K_SCALE)
     result_scale = load_shared_scale(v_scale_ptr, kv_head, V_SCALE)
     column = gl.arange(0, COLUMNS, COLUMN)
@@ -435,12 +591,20 @@ def consume(
         maximum = gl.full([COLUMNS], float("-inf"), gl.float32, COLUMN)
         weights = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)  # denominators, by the thread that has them
         accumulator = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, PRODUCT)
-        start = begin // PAGE * PAGE
+        if BATCH_INVARIANT:
+            # What is summed up above is a chunk's partial. An item with which a tile begins folds its chunks into
+            # totals, which wait in shared memory for want of registers; others store each.
+            folds = slot <= first_slot  # an unsplit tile's slot is -1
+            num_folded = 0
+            sum_of_weights = gl.zeros([COLUMNS], gl.float32, COLUMN)
+            first_chunk = chunk_of(gl.load(item_ptr + 4))
+        start = begin // ALIGNMENT * ALIGNMENT
         table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
         position = start + gl.arange(0, BLOCK_N, ROW)
         if K_SCALE == 3 or V_SCALE == 3:
             # A tile's scales are asked for while the tile before it is computed with, and their blocks one earlier.
-            blocks = gl.load(table_ptr + gl.minimum(position, end - 1) // BLOCK_SIZE, mask=begin < end, other=0)
+            seen = gl.maximum(position, begin) if BATCH_INVARIANT else position  # blocks before begin's may be gone
+            blocks = gl.load(table_ptr + gl.minimum(seen, end - 1) // BLOCK_SIZE, mask=begin < end, other=0)
             next_blocks = gl.load(
                 table_ptr + gl.minimum(position + BLOCK_N, end - 1) // BLOCK_SIZE, mask=begin < end, other=0
             )
@@ -536,7 +700,34 @@ def consume(
             if K_SCALE == 3 or V_SCALE == 3:
                 key_scale, value_scale = next_key_scale, next_value_scale
             stage, phase = next_stage, next_phase
-        denominator = gl.sum(weights, 0)
+            if BATCH_INVARIANT:
+                chunk = chunk_of(start - BLOCK_N)
+                if (start >= end) | (chunk_of(start) > chunk):
+                    sum_of_weights = gl.sum(weights, 0)
+                    if folds:
+                        accumulator, maximum, sum_of_weights = fold_chunk(
+                            accumulator,
+                            maximum,
+                            sum_of_weights,
+                            total_tile,
+                            maximum_tile,
+                            denominator_tile,
+                            num_folded,
+                            start < end,
+                            PRODUCT,
+                        )
+                        num_folded += 1
+                    else:
+                        store_partial(
+                            partials_ptr, partial_lse_offset, accumulator, maximum, sum_of_weights,
+                            slot + chunk - first_chunk, head_tile, num_head_tiles, slot_rows, column_exists,
+                            HEAD_DIM, PRODUCT,
+                        )  # fmt: skip
+                    if start < end:  # else this is the result
+                        maximum = gl.full([COLUMNS], float("-inf"), gl.float32, COLUMN)
+                        weights = gl.zeros([BLOCK_N, COLUMNS], gl.float32, PRODUCT)
+                        accumulator = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, PRODUCT)
+        denominator = sum_of_weights if BATCH_INVARIANT else gl.sum(weights, 0)
         denominator = gl.where(denominator == 0.0, 1.0, denominator)
         result = accumulator * (1.0 / denominator)[None, :]
         lse = maximum + gl.log2(denominator)
@@ -557,18 +748,42 @@ def consume(
                 lse_ptrs = lse_ptr + row_token * num_heads + column_head
                 gl.store(lse_ptrs, lse * 0.6931471805599453, mask=column_exists)
         else:
-            partial_row = (slot * num_head_tiles + head_tile) * slot_rows + column
-            gl.store(partials_ptr + partial_row[None, :] * HEAD_DIM + dim[:, None], result, mask=column_exists[None, :])
-            gl.store(partials_ptr + partial_lse_offset + partial_row, lse, mask=column_exists)
+            arrived = 1
+            if BATCH_INVARIANT:
+                if folds:
+                    store_partial(
+                        partials_ptr, partial_lse_offset, accumulator, maximum, sum_of_weights, slot, head_tile,
+                        num_head_tiles, slot_rows, column_exists, HEAD_DIM, PRODUCT,
+                    )  # fmt: skip
+                else:
+                    arrived = store_unseen(
+                        partials_ptr + partial_lse_offset, item_ptr, begin, end, slot, first_chunk, head_tile,
+                        num_head_tiles, slot_rows, column_exists, COLUMN,
+                    )  # fmt: skip
+            else:
+                partial_row = (slot * num_head_tiles + head_tile) * slot_rows + column
+                gl.store(
+                    partials_ptr + partial_row[None, :] * HEAD_DIM + dim[:, None], result, mask=column_exists[None, :]
+                )
+                gl.store(partials_ptr + partial_lse_offset + partial_row, lse, mask=column_exists)
             synchronize()  # all threads have stored before one of them says so
             arrivals_ptr = counts_ptr + 4 + first_slot * num_head_tiles + head_tile
-            if gl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == num_slots - 1:
+            is_last = gl.atomic_add(arrivals_ptr, arrived, sem="acq_rel") == num_slots - arrived
+            if BATCH_INVARIANT:
+                is_last = is_last & (arrived > 0)  # who has nothing to add may come after the last
+            if is_last:
                 gl.store(arrivals_ptr, 0)  # as the next layer expects it
                 merged_exists = merged_in_tile & (merged_row // HEADS < queries)
-                merged, merged_lse = merge_partials(
-                    partials_ptr, partials_ptr + partial_lse_offset, first_slot, num_slots, head_tile, num_head_tiles,
-                    slot_rows, merged_exists, HEAD_DIM, SLOTS, MERGE,
-                )  # fmt: skip
+                if BATCH_INVARIANT:
+                    merged, merged_lse = fold_partials(
+                        partials_ptr, partial_lse_offset, first_slot, num_slots, head_tile, num_head_tiles,
+                        slot_rows, merged_exists, HEAD_DIM, SLOTS, MERGE,
+                    )  # fmt: skip
+                else:
+                    merged, merged_lse = merge_partials(
+                        partials_ptr, partials_ptr + partial_lse_offset, first_slot, num_slots, head_tile,
+                        num_head_tiles, slot_rows, merged_exists, HEAD_DIM, SLOTS, MERGE,
+                    )  # fmt: skip
                 merged_token = (first_row + merged_row // HEADS).to(gl.int64)
                 merged_head = first_head + merged_row % HEADS
                 if HAS_SINKS:
@@ -679,6 +894,7 @@ def hopper_decode_kernel(
     K_SCALE: gl.constexpr,
     V_SCALE: gl.constexpr,
     FIELDS: gl.constexpr,
+    BATCH_INVARIANT: gl.constexpr,
 ):
     TILES_PER_KV_HEAD: gl.constexpr = (GROUP + HEADS - 1) // HEADS
     STORED_TYPE: gl.constexpr = key_descriptor.dtype
@@ -703,6 +919,16 @@ def hopper_decode_kernel(
             v_scale_ptr += kv_head.to(gl.int64) * stride_v_scale_head
     query_tile = gl.allocate_shared_memory(DTYPE, [COLUMNS, HEAD_DIM], swizzled)
     probability_tile = gl.allocate_shared_memory(DTYPE, [COLUMNS, BLOCK_N], swizzled)
+    total_tile = keys.index(0)  # of batch-invariant plans
+    maximum_tile = keys.index(0)
+    denominator_tile = keys.index(0)
+    if BATCH_INVARIANT:
+        # Rows side by side as the products' threads have them, without conflicts of banks.
+        total_tile = gl.allocate_shared_memory(
+            gl.float32, [HEAD_DIM, COLUMNS], gl.SwizzledSharedLayout(2, 1, 16, [1, 0])
+        )
+        maximum_tile = gl.allocate_shared_memory(gl.float32, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        denominator_tile = gl.allocate_shared_memory(gl.float32, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     tile_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -731,10 +957,11 @@ def hopper_decode_kernel(
                     stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
                     stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
                     keys, values, key_tile, value_tile, query_tile, probability_tile,
+    total_tile, maximum_tile, denominator_tile,
                     keys_full, values_full, tile_empty,
                     HEADS, HEAD_DIM, COLUMNS, QUERIES_PER_TILE, PAGE, BLOCK_N, SLOTS, SLOT_ROWS, STAGES,
                     CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI, HAS_SINKS, RETURN_LSE,
-                    FORMAT, K_SCALE, V_SCALE, BLOCK_SIZE, FIELDS,
+                    FORMAT, K_SCALE, V_SCALE, BLOCK_SIZE, FIELDS, BATCH_INVARIANT,
                 ),
             ),
             (
@@ -745,7 +972,7 @@ def hopper_decode_kernel(
                     kv_head * value_head_rows, kv_head * value_head_columns, attention_chunk, sliding_window,
                     keys, values, keys_full, values_full, tile_empty, warmed,
                     BLOCK_SIZE, PAGE, BLOCK_N, BLOCK_N * STORED_DIM * STORED_TYPE.primitive_bitwidth // 8,
-                    SAME_ROWS, CAUSAL, HAS_CHUNK, STAGES, FIELDS,
+                    SAME_ROWS, CAUSAL, HAS_CHUNK, STAGES, FIELDS, BATCH_INVARIANT,
                 ),
             ),
         ],
@@ -793,6 +1020,7 @@ class PreparedHopperDecode:
             options.causal, options.sliding_window is not None, options.attention_chunk is not None,
             options.softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
             FORMATS.get(key_cache.dtype, "same"), scale_mode(options.k_scale), scale_mode(options.v_scale), ITEM_FIELDS,
+            tiling.batch_invariant,
         )  # fmt: skip
         compiler_options: dict[str, Any] = {} if hopper.max_registers is None else {"maxnreg": hopper.max_registers}
         self._launch = launch_hopper_decode.prepare(
@@ -811,7 +1039,8 @@ class PreparedHopperDecode:
             ),
             num_warps=4,
             launch_pdl=True,
-            enable_fp_fusion=True,
+            # Every variant of a batch-invariant kernel must round alike.
+            enable_fp_fusion=not tiling.batch_invariant,
             **compiler_options,
         )
 

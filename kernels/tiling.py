@@ -326,6 +326,8 @@ def choose_hopper_decode(
     is_half = head_size <= 128  # of a multiprocessor
     available = HOPPER_HALF_SHARED_MEMORY if is_half else HOPPER_SHARED_MEMORY
     available -= columns * (head_size + HOPPER_BLOCK_N) * 2 + 4096  # query, probabilities; barriers and reductions
+    if tiling.batch_invariant:
+        available -= columns * (head_size + 2) * 4  # the sum of chunks
     if cache_itemsize < 2:
         available -= 2 * HOPPER_BLOCK_N * head_size * 2  # the tiles of keys and values that were dequantized
     stage = int(2 * HOPPER_BLOCK_N * head_size * cache_itemsize)
@@ -338,7 +340,7 @@ def choose_hopper_decode(
         page=page,
         block_n=HOPPER_BLOCK_N,
         stages=stages,
-        slots=max(1, min(16, 8192 // (slot_rows * head_size))),
+        slots=max(1, min(16, (4096 if tiling.batch_invariant else 8192) // (slot_rows * head_size))),
         slot_rows=slot_rows,
         max_registers=128 if is_half else None,
         key_rows=key_rows,

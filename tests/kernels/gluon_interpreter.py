@@ -171,7 +171,7 @@ class Product:
         if self.result is None:
             a, b, sum_, use_acc = self.operands
             left = a.memory if isinstance(a, Shared) else a
-            sums = left.float() @ b.memory.float()
+            sums = (left.double() @ b.memory.double()).float()  # whatever the shape
             if isinstance(sum_, Product):  # the one before it, of the same sum
                 sum_ = sum_.finish()
             self.result = Value.of(sums + sum_ if use_acc else sums)
@@ -395,6 +395,11 @@ def _of_one(function: Any) -> Any:
     return lambda a: Value.of(function(Value.of(a)))
 
 
+def _rounded_once(function: Any) -> Any:
+    """In fp32 by way of fp64: torch's own results depend on an element's place in its tensor."""
+    return lambda *arguments: Value.of(function(*(Value.of(value).double() for value in arguments)).float())
+
+
 def _filled(value: Any, shape: list[int], dtype: Dtype) -> Any:
     return Value.of(torch.full(shape, float(value) if dtype.torch.is_floating_point else int(value), dtype=dtype.torch))
 
@@ -428,9 +433,10 @@ gluon_language = SimpleNamespace(
     max=lambda value, axis: Value.of(value.amax(axis)),
     minimum=_of_two(torch.minimum),
     maximum=_of_two(torch.maximum),
-    exp=_of_one(torch.exp),
-    exp2=_of_one(torch.exp2),
-    log2=_of_one(torch.log2),
+    fma=_rounded_once(lambda a, b, c: a * b + c),
+    exp=_rounded_once(torch.exp),
+    exp2=_rounded_once(torch.exp2),
+    log2=_rounded_once(torch.log2),
     abs=_of_one(torch.abs),
     floor=_of_one(torch.floor),
 )

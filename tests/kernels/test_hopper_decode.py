@@ -13,6 +13,7 @@ from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.plan_reference import plan_attention
 from pagedattn.kernels.tiling import (
     HOPPER_HALF_SHARED_MEMORY,
+    INVARIANT_ROWS,
     ITEM_FIELDS,
     AttentionTiling,
     CacheRows,
@@ -69,8 +70,12 @@ def test_who_is_served() -> None:
         assert choose(tiling(head_size=head_size), head_size) is not None
     assert choose(tiling(max_query_len=4)) is not None
     assert choose(tiling(max_query_len=512)) is None  # prefill
-    assert choose(tiling(batch_invariant=True)) is None
     assert choose(tiling(group=64)) is None
+    for max_query_len in (1, 4, 512):  # one shape of products for all
+        launch = choose(tiling(max_query_len=max_query_len, batch_invariant=True))
+        assert launch is not None
+        assert launch.columns == INVARIANT_ROWS
+    assert choose(tiling(group=64, batch_invariant=True)) is not None  # two head tiles
     assert choose(tiling(), block_size=4) is None
     assert choose(tiling(), head_size_v=64) is None
     assert choose(tiling(), cache_itemsize=4) is None
@@ -126,7 +131,9 @@ def draw_case(number: int, device: torch.device) -> AttentionCase:
     ).to(device)
 
 
-def attend_interpreted(case: AttentionCase, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_interpreted(
+    case: AttentionCase, multiprocessors: int, batch_invariant: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel's output and log-sum-exp, on the interpreter."""
     num_tokens, num_heads, head_size = case.query.shape
     options = dict(case.options)
@@ -138,7 +145,8 @@ def attend_interpreted(case: AttentionCase, workers: int) -> tuple[torch.Tensor,
         max_query_len=case.max_query_len,
         max_seq_len=case.block_table.shape[1] * case.key_cache.shape[1],
         num_seqs=case.seq_lens.shape[0],
-        multiprocessors=workers,
+        multiprocessors=multiprocessors,
+        batch_invariant=batch_invariant,
     )
     rows = [
         CacheRows.of(cache.shape, cache.stride(), cache.element_size()) for cache in (case.key_cache, case.value_cache)
@@ -160,7 +168,8 @@ def attend_interpreted(case: AttentionCase, workers: int) -> tuple[torch.Tensor,
     prepared = hopper_decode.PreparedHopperDecode(
         case.query, case.key_cache, case.block_table, made, launch, chosen, out, lse
     )
-    partials = torch.full((made.max_slots * made.head_tiles * made.slot_rows * (head_size + 1),), torch.nan)
+    partial_rows = made.max_slots * made.head_tiles * made.slot_rows
+    partials = torch.full((partial_rows * (head_size + (2 if batch_invariant else 1)),), torch.nan)
     prepared(
         case.query, case.key_cache, case.value_cache, case.block_table, (items, counts), chosen.alibi_slopes,
         chosen.sinks, chosen.k_scale, chosen.v_scale, partials, out, lse,
@@ -177,7 +186,8 @@ def test_drawn_on_a_cpu(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = InterpretedLauncher(hopper_decode.hopper_decode_kernel)
     monkeypatch.setattr(hopper_decode, "launch_hopper_decode", launcher)
     case = draw_case(number, torch.device("cpu"))
-    assert_within_budget(case, *attend_interpreted(case, workers=3 if number % 2 else 20))
+    assert_within_budget(case, *attend_interpreted(case, 3 if number % 2 else 20))
+    assert_within_budget(case, *attend_interpreted(case, 20 if number % 2 else 3, batch_invariant=True))
 
 
 @pytest.mark.gpu
