@@ -450,20 +450,20 @@ def merge_partials(
     accumulator = tl.zeros([ROWS, HEAD_DIM_PADDED], dtype=tl.float32)
     maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     denominator = tl.zeros([ROWS], dtype=tl.float32)
+    lse_ptr = partials_ptr + partial_lse_offset
     for index in tl.range(0, num_slots):
         slot = first_slot + index
         if WALKS and not BATCH_INVARIANT:  # workers that follow each other continue the tile, each into its even slot
             slot = tl.where(index == 0, first_slot, 2 * (first_slot // 2 + index))
         partial_row = (slot.to(tl.int64) * num_head_tiles + head_tile) * slot_rows + row
         # Other multiprocessors wrote these: read past this one's first-level cache.
-        lse_ptrs = partials_ptr + partial_lse_offset + partial_row
-        lse = tl.load(lse_ptrs, mask=row_exists, other=float("-inf"), cache_modifier=".cg")
+        lse = tl.load(lse_ptr + partial_row, mask=row_exists, other=float("-inf"), cache_modifier=".cg")
         partial_ptrs = partials_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :]
         partial = tl.load(partial_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
         weight = 1.0
         if BATCH_INVARIANT:
-            weight_ptrs = lse_ptrs + partial_lse_offset // HEAD_DIM
-            weight = tl.load(weight_ptrs, mask=row_exists, other=0.0, cache_modifier=".cg")
+            weight_ptr = lse_ptr + partial_lse_offset // HEAD_DIM
+            weight = tl.load(weight_ptr + partial_row, mask=row_exists, other=0.0, cache_modifier=".cg")
         accumulator, maximum, denominator = add_partial(accumulator, maximum, denominator, partial, lse, weight)
     return finish_softmax(accumulator, maximum, denominator)
 
@@ -665,28 +665,28 @@ def paged_attention_kernel(
                         VALUE_DIM, VALUE_PADDED, ROWS, BATCH_INVARIANT,
                     )  # fmt: skip
                 chunk += 1
+            if (slot >= 0) & folds:
+                store_partial(
+                    partials_ptr, partial_lse_offset, accumulator, maximum, denominator, slot,
+                    head_tile, num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS, BATCH_INVARIANT,
+                )  # fmt: skip
             arrived = tl.where(folds, 1, chunk - first_chunk)
+            result, lse_log2 = finish_softmax(accumulator, maximum, denominator)
         else:
             accumulator, maximum, denominator = attend_span(
                 query, query_rest, query_position, slope_log2, tree_row_ptr, table_ptr, keys, values,
                 begin, end, first_position, last_position, origin, limits, factors,
                 KEYS, VALUES, ROWS, BLOCK_SIZE, BLOCK_N, CAUSAL, FEATURES, IS_ALIGNED=False,
             )  # fmt: skip
-        result, lse_log2 = finish_softmax(accumulator, maximum, denominator)
+            result, lse_log2 = finish_softmax(accumulator, maximum, denominator)
+            if slot >= 0:
+                store_partial(
+                    partials_ptr, partial_lse_offset, result, lse_log2, denominator, slot,
+                    head_tile, num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS, BATCH_INVARIANT,
+                )  # fmt: skip
 
         is_last = slot < 0  # the only item of its tile, or the one that finds all others done
         if slot >= 0:
-            if BATCH_INVARIANT:
-                if folds:
-                    store_partial(
-                        partials_ptr, partial_lse_offset, accumulator, maximum, denominator, slot,
-                        head_tile, num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS, True,
-                    )  # fmt: skip
-            else:
-                store_partial(
-                    partials_ptr, partial_lse_offset, result, lse_log2, denominator, slot,
-                    head_tile, num_head_tiles, slot_rows, row_exists, VALUE_DIM, VALUE_PADDED, ROWS, False,
-                )  # fmt: skip
             tl.debug_barrier()  # all threads have stored before one of them says so
             arrivals_ptr = counts_ptr + 4 + first_slot * num_head_tiles + head_tile
             is_last = tl.atomic_add(arrivals_ptr, arrived, sem="acq_rel") == awaited - arrived
@@ -841,7 +841,7 @@ def workspace(elements: int, device: torch.device, workspaces: dict[int, Tensor]
 class PreparedAttention:
     """All of a call that follows from shapes, strides, dtypes and host numbers, for any tensors that share them."""
 
-    __slots__ = ("_hopper", "_launch", "_partial_elements", "_reads_bits")
+    __slots__ = ("_copies_query", "_hopper", "_launch", "_partial_elements", "_reads_bits")
 
     def __init__(
         self,
@@ -858,6 +858,7 @@ class PreparedAttention:
         num_tokens, num_heads, head_size = query.shape
         num_kv_heads, head_size_v = key_cache.shape[2], out.shape[2]
         self._hopper = prepare_hopper(query, key_cache, value_cache, block_table, tiling, options, out, lse)
+        self._copies_query = self._hopper is not None and tiling.batch_invariant
         heads = HeadSizes.of(head_size, head_size_v, key_cache.dtype == torch.uint8)
         launch = choose_launch(
             rows=tiling.rows,
@@ -937,6 +938,10 @@ class PreparedAttention:
         ``workspaces``: fp32 tensors by number of elements, of calls that do not overlap; what is missing is added.
         """
         partials = workspace(self._partial_elements, query.device, workspaces)
+        if self._copies_query and query.data_ptr() % ALIGNMENT:  # the other kernel would sum in another order
+            query = torch.empty_strided(query.shape, query.stride(), dtype=query.dtype, device=query.device).copy_(
+                query
+            )
         addresses = query.data_ptr() | key_cache.data_ptr() | value_cache.data_ptr()
         if self._hopper is not None and not addresses % ALIGNMENT:
             self._hopper(

@@ -97,7 +97,7 @@ def visible_span(item_ptr, attention_chunk, sliding_window, CAUSAL: gl.constexpr
 
 
 @gluon.jit
-def next_pages(page, first_page, last_page, BATCH_INVARIANT: gl.constexpr):
+def next_pages(page, last_page, first_page, BATCH_INVARIANT: gl.constexpr):
     """The LANES pages from ``page`` on, the last one repeated past the end, the first one before the begin."""
     lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
     pages = gl.minimum(page + lane, last_page)
@@ -107,18 +107,20 @@ def next_pages(page, first_page, last_page, BATCH_INVARIANT: gl.constexpr):
 
 
 @gluon.jit
-def load_blocks(table_ptr, page, first_page, last_page, PAGES_PER_BLOCK: gl.constexpr, BATCH_INVARIANT: gl.constexpr):
+def load_blocks(
+    table_ptr, page, last_page, PAGES_PER_BLOCK: gl.constexpr, first_page=0, BATCH_INVARIANT: gl.constexpr = False
+):
     """Block ids of the next pages."""
-    return gl.load(table_ptr + next_pages(page, first_page, last_page, BATCH_INVARIANT) // PAGES_PER_BLOCK)
+    return gl.load(table_ptr + next_pages(page, last_page, first_page, BATCH_INVARIANT) // PAGES_PER_BLOCK)
 
 
 @gluon.jit
 def page_rows(
-    blocks, page, first_page, last_page, block_rows, PAGE: gl.constexpr, PAGES_PER_BLOCK: gl.constexpr,
-    BATCH_INVARIANT: gl.constexpr,
+    blocks, page, last_page, block_rows, PAGE: gl.constexpr, PAGES_PER_BLOCK: gl.constexpr,
+    first_page=0, BATCH_INVARIANT: gl.constexpr = False,
 ):  # fmt: skip
     """Rows at which the pages of ``load_blocks`` begin."""
-    page = next_pages(page, first_page, last_page, BATCH_INVARIANT)
+    page = next_pages(page, last_page, first_page, BATCH_INVARIANT)
     return blocks * block_rows + (page % PAGES_PER_BLOCK) * PAGE
 
 
@@ -155,19 +157,19 @@ def produce(
             page = first_page
             if BATCH_INVARIANT:  # tiles begin at their multiples, whatever the first key in sight
                 page = begin // BLOCK_N * PAGES
-            blocks = load_blocks(table_ptr, page, first_page, last_page, PAGES_PER_BLOCK, BATCH_INVARIANT)
+            blocks = load_blocks(table_ptr, page, last_page, PAGES_PER_BLOCK, first_page, BATCH_INVARIANT)
             while page <= last_page:
                 key_rows = page_rows(
-                    blocks, page, first_page, last_page, key_block_rows, PAGE, PAGES_PER_BLOCK, BATCH_INVARIANT
+                    blocks, page, last_page, key_block_rows, PAGE, PAGES_PER_BLOCK, first_page, BATCH_INVARIANT
                 )
                 value_rows = key_rows
                 if not SAME_ROWS:
                     value_rows = page_rows(
-                        blocks, page, first_page, last_page, value_block_rows, PAGE, PAGES_PER_BLOCK, BATCH_INVARIANT
+                        blocks, page, last_page, value_block_rows, PAGE, PAGES_PER_BLOCK, first_page, BATCH_INVARIANT
                     )
                 if page + LANES <= last_page:  # these arrive while the copies of the pages before them are asked for
                     blocks = load_blocks(
-                        table_ptr, page + LANES, first_page, last_page, PAGES_PER_BLOCK, BATCH_INVARIANT
+                        table_ptr, page + LANES, last_page, PAGES_PER_BLOCK, first_page, BATCH_INVARIANT
                     )
                 index = 0
                 while (index < LANES) & (page + index <= last_page):

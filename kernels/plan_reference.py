@@ -220,8 +220,8 @@ def _items(sequences: Sequences, tiling: AttentionTiling, sliding_window: int | 
         lists.sort(key=lambda one: -one[0])
     listed = [row for _, rows in lists for row in rows]
     if tiling.batch_invariant:
-        for index, row in enumerate(listed):
-            row[10] = index + tiling.workers if index + tiling.workers < len(listed) else -1
+        for index, item in enumerate(listed):
+            item[10] = index + tiling.workers if index + tiling.workers < len(listed) else -1
         listed += [list(UNUSED)] * (tiling.workers - len(listed))
     return listed, chunk
 

@@ -29,9 +29,9 @@ Chunk = tuple[int, int, int]  # sequence, first and end of its queries
 
 
 def attend(case: AttentionCase) -> Result:
-    bounds: Any = {"max_query_len": case.max_query_len, "max_seq_len": int(case.seq_lens.max())}
-    plan = plan_for(case, batch_invariant=True, **bounds)
-    return pagedattn.paged_attention(*case.arguments(), plan=plan, return_lse=True, **bounds, **case.options)
+    options = {**case.options, "max_seq_len": int(case.seq_lens.max())}
+    options["plan"] = plan_for(case, batch_invariant=True, max_seq_len=options["max_seq_len"])
+    return pagedattn.paged_attention(*case.arguments(), max_query_len=case.max_query_len, return_lse=True, **options)
 
 
 class Sequences:

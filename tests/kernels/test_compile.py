@@ -180,6 +180,11 @@ HOPPER_VARIANTS = (
     Variant((64, 64), 3, cache=torch.float8_e5m2, scale=TENSOR_SCALE),
     Variant(cache=torch.int8, scale=TOKEN_SCALE),
     Variant(cache=torch.uint8, scale=TOKEN_SCALE),
+    Variant(batch_invariant=True),
+    Variant((64, 64), 8, features=("HAS_WINDOW", "HAS_SINKS", "RETURN_LSE"), batch_invariant=True),
+    Variant((256, 256), 6, features=("HAS_SOFTCAP",), batch_invariant=True),
+    Variant(cache=torch.float8_e4m3fn, scale=HEAD_SCALE, batch_invariant=True),
+    Variant(cache=torch.uint8, scale=TOKEN_SCALE, batch_invariant=True),
 )
 
 
@@ -213,7 +218,7 @@ def stack_bytes(compiled: Any, path: Path) -> int:
 
 @pytest.mark.parametrize("variant", HOPPER_VARIANTS, ids=str)
 @pytest.mark.parametrize("max_query_len", [1, 4])
-def test_hopper_decode_compiles(variant: Variant, max_query_len: int) -> None:
+def test_hopper_decode_compiles(variant: Variant, max_query_len: int, tmp_path: Path) -> None:
     from pagedattn.kernels import hopper_decode
 
     head_size, cache = variant.head[0], variant.cache or torch.bfloat16
@@ -229,6 +234,7 @@ def test_hopper_decode_compiles(variant: Variant, max_query_len: int) -> None:
         max_seq_len=8192,
         num_seqs=4,
         multiprocessors=132,
+        batch_invariant=variant.batch_invariant,
     )
     launch = choose_hopper_decode(
         tiling=tiling,
@@ -259,6 +265,7 @@ def test_hopper_decode_compiles(variant: Variant, max_query_len: int) -> None:
         "K_SCALE": variant.scale,
         "V_SCALE": variant.scale,
         "FIELDS": ITEM_FIELDS,
+        "BATCH_INVARIANT": variant.batch_invariant,
     }
     layout = hopper_decode.swizzled_layout(stored * cache.itemsize, cache.itemsize * 8)
     element = "u8" if cache == torch.uint8 else TRITON_NAMES[cache]
@@ -267,9 +274,12 @@ def test_hopper_decode_compiles(variant: Variant, max_query_len: int) -> None:
     pointers |= {"out_ptr": "*bf16", "query_ptr": "*bf16", "logit_scale": "fp32", "softcap_log2": "fp32"}
     pointers |= {"key_descriptor": descriptor, "value_descriptor": descriptor}
     options = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
-    compiled = compile_gluon(kernel, pointers, constants, **options)
+    compiled = compile_gluon(kernel, pointers, constants, enable_fp_fusion=not variant.batch_invariant, **options)
     available = HOPPER_HALF_SHARED_MEMORY if head_size <= 128 else SHARED_MEMORY[90]
     assert compiled.metadata.shared <= available
+    if variant.batch_invariant:  # what is spilled is read between items and chunks, little of it for each tile
+        most = {"same": 0, "float8": 64, "int4": 160}[str(constants["FORMAT"])] if head_size <= 128 else 128
+        assert stack_bytes(compiled, tmp_path / "kernel.cubin") <= most
 
 
 PREFILL_VARIANTS = (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import pagedattn
 from pagedattn.kernels import plan_reference
+from pagedattn.kernels import tiling as tiling_module
 from pagedattn.kernels.tiling import (
     FINE_CHUNK,
     ITEM_FIELDS,
@@ -173,6 +174,28 @@ def test_workers_share_the_keys_equally(seq_lens: list[int], sliding_window: int
     # A sequence may begin and end within a unit, and one without keys takes the place of one unit.
     units = sum(ceil_div(n, SHARE_UNIT) + 1 for n in visible)
     assert max(loads) <= max(MIN_SHARE, (ceil_div(units, tiling.workers)) * SHARE_UNIT)
+
+
+@pytest.mark.parametrize(("query_len", "num_cut"), [(1, 1), (40, 0)], ids=["shares", "list"])
+def test_tiles_without_slots_are_not_cut(query_len: int, num_cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling_module, "INVARIANT_PARTIAL_BYTES", 0)
+    tiling = choose_tiling(
+        num_heads=8,
+        num_kv_heads=2,
+        head_size=64,
+        head_size_v=64,
+        max_query_len=query_len,
+        max_seq_len=3000,
+        num_seqs=5,
+        multiprocessors=20,
+        batch_invariant=True,
+    )
+    items, _ = make_plan([3000] * 5, [query_len] * 5, tiling, None)
+    cut = {item[0] for item in items if item[6] >= 0}
+    assert cut == set(range(num_cut))
+    whole = [item for item in items if item[0] not in cut]
+    assert len(whole) == (5 - num_cut) * tiling.tiles_per_sequence
+    assert all(item[4:6] == [0, 3000] for item in whole)
 
 
 CHUNK_BEGINS = {0, *(p for p in range(1, 60_000) if chunk_of(p) != chunk_of(p - 1))}
