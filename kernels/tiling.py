@@ -335,12 +335,14 @@ def choose_hopper_decode(
     stages = min(available // stage, max(2, in_flight // stage))
     if stages < 2:
         return None
+    # A prefill's batch-invariant merge would spill.
+    merged_elements = 4096 if tiling.batch_invariant and slot_rows > 8 else 8192
     return HopperDecodeLaunch(
         columns=columns,
         page=page,
         block_n=HOPPER_BLOCK_N,
         stages=stages,
-        slots=max(1, min(16, (4096 if tiling.batch_invariant else 8192) // (slot_rows * head_size))),
+        slots=max(1, min(16, merged_elements // (slot_rows * head_size))),
         slot_rows=slot_rows,
         max_registers=128 if is_half else None,
         key_rows=key_rows,
