@@ -132,9 +132,9 @@ def draw_case(number: int, device: torch.device) -> AttentionCase:
 
 
 def attend_interpreted(
-    case: AttentionCase, multiprocessors: int, batch_invariant: bool = False
+    case: AttentionCase, multiprocessors: int, batch_invariant: bool = False, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's output and log-sum-exp, on the interpreter."""
+    """The kernel's output and log-sum-exp, on the interpreter. ``dtype``: the output's, None = the query's."""
     num_tokens, num_heads, head_size = case.query.shape
     options = dict(case.options)
     made = choose_tiling(
@@ -161,7 +161,7 @@ def attend_interpreted(
     plan_attention(
         case.seq_lens, case.query_start_loc, items, counts, tiling=made, sliding_window=options.get("sliding_window")
     )
-    out = torch.full_like(case.query, torch.nan)
+    out = torch.full_like(case.query, torch.nan, dtype=dtype)
     lse = torch.full((num_tokens, num_heads), torch.nan)
     options.setdefault("scale", head_size**-0.5)
     chosen = AttentionOptions(**options)
