@@ -37,15 +37,22 @@ def attend(case: AttentionCase) -> Result:
 class Sequences:
     """Sequences with all of their queries, keys and values; ``attend`` runs any chunks of any of them."""
 
-    def __init__(self, lengths: list[int], query_len: int, run: Callable[[AttentionCase], Result], **what: Any) -> None:
-        self.lengths, self.run = lengths, run
+    def __init__(
+        self,
+        lengths: list[int],
+        query_len: int,
+        run: Callable[[AttentionCase], Result],
+        device: torch.device = DEVICE,
+        **what: Any,
+    ) -> None:
+        self.lengths, self.run, self.device = lengths, run, device
         self.num_queries = [min(query_len, length) for length in lengths]
         self.whole = build_case(
             **{
                 "generator": torch.Generator().manual_seed(0), "num_heads": 6, "num_kv_heads": 2, "head_size": 64,
                 "block_size": 16, "seq_lens": lengths, "query_lens": self.num_queries, **what,
             }
-        ).to(DEVICE)  # fmt: skip
+        ).to(device)  # fmt: skip
         self.queries = self.whole.query.split(self.num_queries)
 
     def chunks(self) -> list[Chunk]:
@@ -71,8 +78,8 @@ class Sequences:
         out, lse = self.run(
             AttentionCase(
                 query, self.whole.key_cache, self.whole.value_cache, table,
-                torch.tensor(lens, dtype=torch.int32, device=DEVICE),
-                torch.tensor([0, *steps], device=DEVICE).cumsum(0).to(torch.int32),
+                torch.tensor(lens, dtype=torch.int32, device=self.device),
+                torch.tensor([0, *steps], device=self.device).cumsum(0).to(torch.int32),
                 max(steps), self.whole.options,
             )
         )  # fmt: skip
@@ -158,7 +165,7 @@ def interpreted_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[AttentionCa
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter replaces the jit functions")
 @pytest.mark.parametrize("what", HOPPER_CASES, ids=str)
 def test_hopper_on_a_cpu(what: dict[str, Any], interpreted_hopper: Callable[[AttentionCase], Result]) -> None:
-    sequences = Sequences([1400, 33, 300], 20, interpreted_hopper, dtype=torch.bfloat16, **what)
+    sequences = Sequences([1400, 33, 300], 20, interpreted_hopper, torch.device("cpu"), dtype=torch.bfloat16, **what)
     check_batches(sequences, 3, [2, 3, 8])
     check_cuts(sequences, 1)
 
