@@ -71,13 +71,14 @@ def throughput_block(document: dict[str, Any]) -> str:
     versions = document["versions"]
     caption = (
         f"{document['device']}, {document['date']}; torch {versions['torch']}, Triton {versions['triton']}. "
-        f"256 requests at once, bf16, random weights, temperature {document['temperature']:g}, EOS ignored."
+        f"256 requests at once, bf16, random weights, temperature {document['temperature']:g}, EOS ignored. "
+        "Steps and idle share are from a profile of the decodes of the same requests with short outputs."
     )
     lines = [
         caption,
         "",
-        "| model | trace | output tokens/s | vLLM 0.23.0 | ratio | with eager prompts |",
-        "|---|---|---:|---:|---:|---:|",
+        "| model | trace | output tokens/s | vLLM 0.23.0 | ratio | decode step, ms | device idle |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in document["rows"]:
         known = sorted({*row["vllm"]})
@@ -85,7 +86,7 @@ def throughput_block(document: dict[str, Any]) -> str:
         rates = "-".join(f"{rate:,.0f}" for rate in known)
         lines.append(
             f"| {row['model']} | {row['trace']} (`{row['digest']}`) | {row['tokens_per_second']:,.0f} | {rates}, "
-            f"{row['vllm_source']} | {ratios}x | {row['before']:,.0f} |"
+            f"{row['vllm_source']} | {ratios}x | {row['decode']['step_ms']:.2f} | {row['decode']['idle_share']:.0%} |"
         )
     return "\n".join(lines) + "\n"
 

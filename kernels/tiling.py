@@ -318,7 +318,7 @@ def choose_hopper_decode(
     if not is_served or page < MIN_PAGE or (cache_itemsize < 1 and head_size < 128) or cache_itemsize > 2:
         return None
     slot_rows = next_power_of_2(tiling.slot_rows)
-    columns = tiling.rows if tiling.batch_invariant else max(8, slot_rows)
+    columns = max(8, slot_rows)
     if columns > HOPPER_MAX_COLUMNS or key_rows is None or value_rows is None:
         return None
     if cache_itemsize == 2 and has_token_scales:  # its products read such tiles as they are

@@ -71,10 +71,10 @@ def test_who_is_served() -> None:
     assert choose(tiling(max_query_len=4)) is not None
     assert choose(tiling(max_query_len=512)) is None  # prefill
     assert choose(tiling(group=64)) is None
-    for max_query_len in (1, 4, 512):  # one shape of products for all
+    for max_query_len, columns in ((1, 8), (4, 16), (512, INVARIANT_ROWS)):
         launch = choose(tiling(max_query_len=max_query_len, batch_invariant=True))
         assert launch is not None
-        assert launch.columns == INVARIANT_ROWS
+        assert launch.columns == columns
     assert choose(tiling(group=64, batch_invariant=True)) is not None  # two head tiles
     assert choose(tiling(), block_size=4) is None
     assert choose(tiling(), head_size_v=64) is None
