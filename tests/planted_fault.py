@@ -1,7 +1,8 @@
 """Faults for ``tests/sanitizer.py`` to catch: ``python -m tests.planted_fault bounds | race | uninitialized``.
 
 A tool that finds nothing in the kernels has to find these. ``bounds`` is ``append_kv`` with a slot a block past its
-cache; the others are kernels of their own, for which ours give no handle.
+cache; the others are kernels of their own, for which ours give no handle. A fourth one, ``handover``, is no fault,
+but racecheck takes it for one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import sys
 
 import torch
 import triton
+import triton.experimental.gluon.language as gl
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 import pagedattn
 
@@ -44,6 +48,42 @@ def uninitialized() -> None:
     sum_of_unwritten[(1,)](torch.empty(1024, device="cuda"), torch.zeros(1, device="cuda"), 1024)
 
 
+@gluon.jit
+def give(word, full, empty, count):  # type: ignore[no-untyped-def]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for number in range(count):
+        mbarrier.wait(empty, number % 2 ^ 1)
+        word.store(gl.full([1], number, gl.int32, LAYOUT))
+        mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def take(out_ptr, word, full, empty, count):  # type: ignore[no-untyped-def]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    total = 0
+    for number in range(count):
+        mbarrier.wait(full, number % 2)
+        total += gl.max(word.load(LAYOUT), 0)
+        mbarrier.arrive(empty, count=1)
+    gl.store(out_ptr, total)
+
+
+@gluon.jit
+def hand_over(out_ptr, count):  # type: ignore[no-untyped-def]
+    word = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    mbarrier.init(empty, count=1)
+    gl.warp_specialize([(take, (out_ptr, word, full, empty, count)), (give, (word, full, empty, count))], [1], [40])
+
+
+def handover() -> None:
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    hand_over[(1,)](out, 20, num_warps=4)
+    assert int(out) == sum(range(20))
+
+
 if __name__ == "__main__":
-    {"bounds": bounds, "race": race, "uninitialized": uninitialized}[sys.argv[1]]()
+    {"bounds": bounds, "race": race, "uninitialized": uninitialized, "handover": handover}[sys.argv[1]]()
     torch.cuda.synchronize()

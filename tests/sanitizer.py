@@ -7,6 +7,11 @@ allocator hands out slices of large blocks, which hides accesses out of bounds, 
 small, and are compared with results of a CPU: a sanitizer slows every access. The tests are dealt out to processes,
 each under a sanitizer of its own. ``--every 3`` takes every third case of each test. What the processes say is in
 ``--logs``.
+
+racecheck credits an arrival at an mbarrier to the arriving thread alone, not to those that a barrier ordered before it,
+as Gluon's partitions do it. So it reports even the correct handover of ``tests.planted_fault``, and kernels with such
+handovers are left out of it: races in them are looked for where a CPU runs them, in
+``tests/kernels/gluon_interpreter.py``. Should the handover pass one day, this fails, and that exclusion is to end.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from pathlib import Path
 
 FAULTS = {"memcheck": "bounds", "racecheck": "race", "initcheck": "uninitialized"}
 CAUGHT = 9
+EXCLUDED = {"racecheck": ("hopper_decode_kernel", "hopper_prefill_kernel")}
 SUBSET = (
     "tests/kernels/test_cache.py::test_append",
     "tests/kernels/test_cache.py::test_rope_append",
@@ -38,6 +44,7 @@ SUBSET = (
     *(f"tests/kernels/test_hopper_decode.py::test_drawn_on_hopper[{number}]" for number in range(12)),
     *(f"tests/kernels/test_hopper_prefill.py::test_drawn_on_hopper[{number}]" for number in range(8)),
     *(f"tests/kernels/test_hopper_linear.py::test_drawn_on_hopper[{number}]" for number in range(8)),
+    "tests/kernels/test_batch_invariance.py::test_hopper",
     "tests/kernels/test_layers.py::test_norm",
     "tests/kernels/test_layers.py::test_add_and_norm",
     "tests/kernels/test_layers.py::test_query_key_norm",
@@ -56,7 +63,9 @@ PYTEST = ("pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"
 
 def run(tool: str, module: Sequence[str], log: Path) -> int:
     """The exit code of a module's run under a tool: ``CAUGHT`` where that found something."""
-    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", str(CAUGHT), sys.executable, "-m", *module)
+    excluded = [option for kernel in EXCLUDED.get(tool, ()) for option in ("--kernel-name-exclude", f"kns={kernel}")]
+    options = ("--tool", tool, "--error-exitcode", str(CAUGHT), *excluded)
+    command = ("compute-sanitizer", *options, sys.executable, "-m", *module)
     environment = {
         **os.environ,
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
@@ -88,6 +97,11 @@ def main(tools: Sequence[str], num_processes: int, every: int, logs: Path) -> in
             tool: pool.submit(run, tool, ("tests.planted_fault", FAULTS[tool]), logs / f"{tool}-planted.log")
             for tool in tools
         }
+        handovers = {
+            tool: pool.submit(run, tool, ("tests.planted_fault", "handover"), logs / f"{tool}-handover.log")
+            for tool in tools
+            if tool in EXCLUDED
+        }
         clean = {
             tool: [pool.submit(run, tool, part, logs / f"{tool}-{number}.log") for number, part in enumerate(parts)]
             for tool in tools
@@ -101,6 +115,9 @@ def main(tools: Sequence[str], num_processes: int, every: int, logs: Path) -> in
             f"planted fault exit {caught} ({CAUGHT}: caught)",
             flush=True,
         )
+    for tool, handover in handovers.items():
+        is_good = is_good and handover.result() == CAUGHT
+        print(f"{tool}: without {', '.join(EXCLUDED[tool])}; correct handover exit {handover.result()}", flush=True)
     return 0 if is_good else 1
 
 

@@ -400,6 +400,11 @@ def _rounded_once(function: Any) -> Any:
     return lambda *arguments: Value.of(function(*(Value.of(value).double() for value in arguments)).float())
 
 
+def _sum(value: Any, axis: int) -> Any:
+    """By way of fp64: in what order torch sums depends on the shape."""
+    return Value.of(Tensor.to(value.double().sum(axis), value.dtype))
+
+
 def _filled(value: Any, shape: list[int], dtype: Dtype) -> Any:
     return Value.of(torch.full(shape, float(value) if dtype.torch.is_floating_point else int(value), dtype=dtype.torch))
 
@@ -429,7 +434,7 @@ gluon_language = SimpleNamespace(
     convert_layout=lambda value, layout: value,
     permute=lambda value, order: value.permute(order),
     where=lambda mask, a, b: Value.of(torch.where(Value.of(mask), Value.of(a), Value.of(b))),
-    sum=lambda value, axis: Value.of(value.sum(axis)),
+    sum=_sum,
     max=lambda value, axis: Value.of(value.amax(axis)),
     minimum=_of_two(torch.minimum),
     maximum=_of_two(torch.maximum),

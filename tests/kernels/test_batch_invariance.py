@@ -13,16 +13,16 @@ from torch import Tensor
 
 import pagedattn
 from pagedattn.kernels import hopper_decode
-from tests.device import DEVICE, DTYPES, INTERPRETED, IS_CUDA, IS_HOPPER
+from tests.device import DEVICE, DTYPES, INTERPRETED, IS_HOPPER, IS_LARGE, SANITIZED
 from tests.kernels.cases import build_case
 from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher, Shared
 from tests.kernels.oracle import AttentionCase
 from tests.kernels.test_attention import plan_for
 from tests.kernels.test_hopper_decode import attend_interpreted
 
-NUM_BATCHES = 3 if INTERPRETED else 50
-NUM_CUTS = 2 if INTERPRETED else 5
-LENGTHS = [700, 33, 300] if not IS_CUDA else [3000, 33, 9000, 257, 20_000, 1]
+NUM_BATCHES = 3 if INTERPRETED or SANITIZED else 50
+NUM_CUTS = 2 if INTERPRETED or SANITIZED else 5
+LENGTHS = [700, 33, 300] if not IS_LARGE else [3000, 33, 9000, 257, 20_000, 1]
 
 Result = tuple[Tensor, Tensor]  # output and log-sum-exp
 Chunk = tuple[int, int, int]  # sequence, first and end of its queries
