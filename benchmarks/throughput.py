@@ -46,8 +46,8 @@ PUBLISHED = {
 }
 TEMPERATURE = 0.6
 MAX_NUM_SEQS = 256
-PROFILED_TOKENS = 48  # of each request, when a profile is taken
-PROFILED_STEPS = 32  # the last ones of it, in which all requests decode
+PROFILED_TOKENS = 120  # of each request, when a profile is taken: more than there are steps with prompts
+PROFILED_STEPS = 32  # of these, between the last prompt and the first request's end: all requests decode
 STEP_ENDS_WITH = "choose_tokens_kernel"
 
 
@@ -80,8 +80,8 @@ class Throughput:
 
 
 def max_model_len(traces: Sequence[Trace]) -> int:
-    """Tokens of the longest request, rounded up to whole blocks of any size."""
-    longest = max(len(prompt) + length for trace in traces for prompt, length in trace)
+    """Tokens of the longest request, a profiled one too, rounded up to whole blocks of any size."""
+    longest = max(len(prompt) + max(length, PROFILED_TOKENS) for trace in traces for prompt, length in trace)
     return -(-longest // 256) * 256
 
 
@@ -103,7 +103,7 @@ def generate(llm: LLM, trace: Trace) -> float:
 
 
 def profile_decode(llm: LLM, trace: Trace) -> DecodePhase:
-    """Profile all prompts of a trace with outputs of equal, short length: it ends with steps in which all decode."""
+    """Profile all prompts of a trace with outputs of equal length, and in it the steps in which all decode."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -114,14 +114,23 @@ def profile_decode(llm: LLM, trace: Trace) -> DecodePhase:
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    return decode_phase(spans, PROFILED_STEPS)
+    return decode_phase(spans, PROFILED_TOKENS, PROFILED_STEPS)
 
 
-def decode_phase(spans: Sequence[tuple[str, float, float]], num_steps: int) -> DecodePhase:
-    """Of what ran on the device, as (name, start, end) in microseconds: the last steps, each ending with a choice."""
-    ends = sorted(end for name, _, end in spans if STEP_ENDS_WITH in name)[-num_steps - 1 :]
-    if len(ends) < 2:
-        raise RuntimeError(f"the profile has {len(ends)} steps; two are needed")
+def decode_phase(spans: Sequence[tuple[str, float, float]], num_tokens: int, num_steps: int) -> DecodePhase:
+    """Of what ran on the device, as (name, start, end) in microseconds: the steps before the first request ends.
+
+    Steps end with a choice of tokens. All requests, of ``num_tokens`` each, have to decode in the ``num_steps`` steps.
+    Raises RuntimeError when one still had a prompt to compute.
+    """
+    all_ends = sorted(end for name, _, end in spans if STEP_ENDS_WITH in name)
+    ends = all_ends[num_tokens - num_steps - 2 : num_tokens - 1]
+    num_prompt_steps = len(all_ends) - num_tokens + 1
+    if len(ends) <= num_steps or num_prompt_steps > num_tokens - num_steps - 1:
+        raise RuntimeError(
+            f"the profile has {len(all_ends)} steps for {num_tokens} tokens a request: "
+            f"not {num_steps} in which all decode"
+        )
     first, last = ends[0], ends[-1]
     busy, reached = 0.0, first
     for _, start, end in sorted(spans, key=lambda span: span[1]):

@@ -67,15 +67,22 @@ def test_a_wrong_count_is_no_result() -> None:
         throughput.generate(llm, [([1, 2, 3, 4], 100)])
 
 
-def test_the_decode_phase_is_between_the_last_steps_ends() -> None:
-    """Kernels may overlap; what ran before the first of these steps does not count."""
-    step = [("gemm", 0.0, 30.0), ("attention", 20.0, 60.0), ("choose_tokens_kernel", 70.0, 80.0)]
-    spans = [(name, begin + 100 * i, end + 100 * i) for i in range(6) for name, begin, end in step]
-    phase = throughput.decode_phase([("load", -500.0, -1.0), *spans], num_steps=4)
+def test_the_decode_phase_is_when_all_decode() -> None:
+    """Kernels may overlap; steps with prompts do not count, nor those after a request has ended."""
+    num_prompt_steps, num_tokens, num_steps = 3, 9, 4
+    spans, now = [("load", -500.0, -1.0)], 0.0
+    for number in range(num_prompt_steps - 1 + num_tokens):
+        all_decode = num_prompt_steps <= number < num_tokens - 1
+        spans += [("gemm", now, now + 30), ("attention", now + 20, now + (60 if all_decode else 70))]
+        spans.append(("choose_tokens_kernel", now + 70, now + 80))
+        now += 100 if all_decode else 1000
+    phase = throughput.decode_phase(spans, num_tokens, num_steps)
     assert phase.step_ms == pytest.approx(0.1)
     assert phase.idle_share == pytest.approx(0.3)
-    with pytest.raises(RuntimeError, match="the profile has 1 steps"):
-        throughput.decode_phase(spans[:3], num_steps=4)
+    with pytest.raises(RuntimeError, match="11 steps for 9 tokens a request: not 6 in which all decode"):
+        throughput.decode_phase(spans, num_tokens, 6)
+    with pytest.raises(RuntimeError, match="1 steps for 9 tokens"):
+        throughput.decode_phase(spans[:4], num_tokens, num_steps)
 
 
 @pytest.mark.parametrize("missing", [0, 1])
