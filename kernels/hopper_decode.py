@@ -57,11 +57,13 @@ synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
-def warm_copy_engine(key_descriptor, value_descriptor, tiles, barrier, PAGE: gl.constexpr, PAGE_BYTES: gl.constexpr):
-    """Fetch a page that nobody reads, so that the copy engine has both descriptors when it is first needed."""
+def warm_copy_engine(
+    key_descriptor, value_descriptor, keys, values, barrier, PAGE: gl.constexpr, PAGE_BYTES: gl.constexpr
+):  # fmt: skip
+    """Fetch pages that nobody reads, so that the copy engine has both descriptors when it is first needed."""
     mbarrier.expect(barrier, 2 * PAGE_BYTES)
-    fetch(key_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
-    fetch(value_descriptor, [0, 0], barrier, tiles.slice(0, PAGE))
+    fetch(key_descriptor, [0, 0], barrier, keys.slice(0, PAGE))
+    fetch(value_descriptor, [0, 0], barrier, values.slice(0, PAGE))
 
 
 @gluon.jit
@@ -942,7 +944,7 @@ def hopper_decode_kernel(
     mbarrier.init(warmed, count=1)
     # Into the stage that is filled last; the producer waits for it there.
     warm_copy_engine(
-        key_descriptor, value_descriptor, keys.index(STAGES - 1), warmed,
+        key_descriptor, value_descriptor, keys.index(STAGES - 1), values.index(STAGES - 1), warmed,
         PAGE, PAGE * STORED_DIM * STORED_TYPE.primitive_bitwidth // 8,
     )  # fmt: skip
     wait_for_launches_before()
