@@ -3,7 +3,8 @@
 Triton's interpreter has no Gluon. Here a kernel's Python functions run on torch tensors, with this module in the place
 of Gluon's: each partition of ``warp_specialize`` is a thread, a barrier is a condition, and what is asynchronous on the
 chip happens as early or as late as the kernel's waits allow: a product when it is waited for, a copy at once or when it
-is waited for, as chance has it. So a wait that is missing shows in the result.
+is waited for, as chance has it. So a wait that is missing may show in the result; and it raises, whatever chance has
+done, as each access to shared memory must be ordered behind those before it (``tests/kernels/happens_before.py``).
 Shared memory begins as NaN, reads and writes outside of a tensor raise, and a wait that nobody ends raises after a
 while. Layouts are ignored: whether they fit together is what compiling tells (``tests/kernels/test_compile.py``).
 """
@@ -12,18 +13,33 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import threading
 import time
 from itertools import product
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton.language.core import constexpr
 from triton.runtime.jit import JITFunction
 
 from pagedattn.kernels.tiling import CacheRows
+from tests.kernels.happens_before import (
+    AGENTS,
+    FENCED,
+    ORDERED,
+    UNTOLD,
+    Clock,
+    History,
+    Known,
+    Order,
+    RaceError,
+    assigned,
+    nothing,
+)
 
 PATIENCE_SECONDS = 20.0
 LANES = 32
@@ -89,20 +105,30 @@ class Pointer:
 class Barrier:
     """An mbarrier: a phase ends when all have arrived and all bytes are there."""
 
-    def __init__(self) -> None:
-        self.condition = threading.Condition()
-        self.count = self.missing = self.bytes = self.phase = 0
+    def __init__(self, block: Block, name: str) -> None:
+        self.block, self.condition = block, block.order.condition
+        self.agent = block.order.add_barrier(name)
+        self.count = self.missing = self.bytes = self.phases = 0
         self.late: list[Any] = []  # copies that nobody has waited for yet
+        self.arrived, self.complete = nothing(), nothing()  # what arrivals have told, and had at the last phase's end
 
-    def change(self, arrivals: int, expected: int) -> None:
+    @property
+    def epoch(self) -> int:
+        """That of copies which this phase waits for."""
+        return self.phases + 1
+
+    def change(self, arrivals: int, expected: int, known: Known) -> None:
         with self.condition:
             assert self.count, "not initialized"
             self.missing -= arrivals
             self.bytes += expected
-            assert self.missing >= 0, "more arrivals than a phase has"
+            np.maximum(self.arrived, known, out=self.arrived)
+            if self.missing < 0:
+                raise RaceError("more arrivals than a phase has")
             if self.missing == self.bytes == 0:
                 self.missing = self.count
-                self.phase ^= 1
+                self.phases += 1
+                self.complete = self.arrived.copy()
                 self.condition.notify_all()
         if arrivals and chance.random() < 0.3:  # others go on
             time.sleep(1e-3)
@@ -116,23 +142,34 @@ class Barrier:
                 return
         copy()
 
+    def copied(self, epoch: int, *seen: int) -> Known:
+        """What the end of a copy tells: nothing of who asked for it."""
+        known = nothing()
+        known[seen, self.agent] = epoch
+        return known
+
     def wait(self, parity: Any) -> None:
         end = time.monotonic() + PATIENCE_SECONDS
         while True:
             with self.condition:
-                self.condition.wait_for(lambda: self.late or self.phase != int(parity), PATIENCE_SECONDS)
-                if self.phase != int(parity):
+                self.condition.wait_for(
+                    lambda: self.late or self.phases % 2 != int(parity) or self.block.errors, PATIENCE_SECONDS
+                )
+                if self.phases % 2 != int(parity):
+                    thread.clock.learn(self.complete)
                     return
                 late, self.late = self.late, []
             for copy in late:
                 copy()
+            if self.block.errors:
+                raise RuntimeError("another partition has failed")
             if time.monotonic() > end:
                 raise TimeoutError("a barrier that nobody completes")
 
 
 class Barriers:
-    def __init__(self, count: int) -> None:
-        self.barriers = [Barrier() for _ in range(count)]
+    def __init__(self, block: Block, name: str, count: int) -> None:
+        self.barriers = [Barrier(block, f"{name}[{number}]") for number in range(count)]
 
     def index(self, number: Any) -> Barrier:
         return self.barriers[int(number)]
@@ -141,23 +178,32 @@ class Barriers:
 class Shared:
     """A view of shared memory."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory, self.dtype, self.shape = memory, Dtype(memory.dtype), tuple(memory.shape)
+    def __init__(self, memory: Tensor, history: History) -> None:
+        self.memory, self.history = memory, history
+        self.dtype, self.shape = Dtype(memory.dtype), tuple(memory.shape)
+
+    def _view(self, change: Any) -> Shared:
+        """A change that counts dimensions from the last one."""
+        history = self.history
+        return Shared(change(self.memory), History(history.order, history.name, change(history.cells)))
 
     def index(self, number: Any) -> Shared:
-        return Shared(self.memory[int(number)])
+        return self._view(lambda part: part.select(-len(self.shape), int(number)))
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        return Shared(self.memory.narrow(dim, start, length))
+        return self._view(lambda part: part.narrow(dim - len(self.shape), start, length))
 
     def permute(self, order: Any) -> Shared:
-        return Shared(self.memory.permute(order))
+        rank = len(self.shape)
+        return self._view(lambda part: part.movedim([dim - rank for dim in order], list(range(-rank, 0))))
 
     def load(self, layout: Any) -> Any:
+        self.history.read(thread.clock, thread.clock.known[ORDERED])
         return Value.of(self.memory.clone())
 
     def store(self, value: Any) -> None:
         assert value.shape == self.memory.shape
+        self.history.write(thread.clock, ORDERED, thread.clock.agent, thread.clock.epoch)
         self.memory.copy_(value)
 
 
@@ -166,10 +212,14 @@ class Product:
 
     def __init__(self, a: Any, b: Shared, sum_: Any, use_acc: bool) -> None:
         self.operands, self.result = (a, b, sum_, use_acc), None
+        self.known = thread.clock.tell()[FENCED]
 
     def finish(self) -> Any:
         if self.result is None:
             a, b, sum_, use_acc = self.operands
+            for operand in (a, b):
+                if isinstance(operand, Shared):
+                    operand.history.read(thread.clock, self.known)
             left = a.memory if isinstance(a, Shared) else a
             sums = (left.double() @ b.memory.double()).float()  # whatever the shape
             if isinstance(sum_, Product):  # the one before it, of the same sum
@@ -207,11 +257,13 @@ class Block:
 
     def __init__(self, program: tuple[int, int]) -> None:
         self.program = program
+        self.order = Order()
         self.errors: list[BaseException] = []
 
 
 class Thread(threading.local):
     block: Block
+    clock: Clock
     products: list[Product]
     copies: list[Any]
 
@@ -220,12 +272,15 @@ thread = Thread()
 atomic = threading.Lock()
 
 
-def _in_thread(block: Block, function: Any, *arguments: Any) -> None:
-    thread.block, thread.products, thread.copies = block, [], []
+def _in_thread(block: Block, clock: Clock, function: Any, *arguments: Any) -> None:
+    thread.block, thread.clock, thread.products, thread.copies = block, clock, [], []
     try:
         function(*arguments)
+        assert not thread.products, "a product that is not waited for"
     except BaseException as error:  # noqa: BLE001 - raised again by who started the thread
-        block.errors.append(error)
+        with block.order.condition:
+            block.errors.append(error)
+            block.order.condition.notify_all()
 
 
 def _plain(value: Any) -> Any:
@@ -340,26 +395,32 @@ def warpgroup_mma_wait(num_outstanding: int, deps: list[Product]) -> Any:
 def fetch(descriptor: Descriptor, place: list[Any], barrier: Barrier, box: Shared) -> None:
     row, column = map(int, place)
     size = box.memory.numel() * box.memory.element_size()
+    epoch = barrier.epoch
+    box.history.write(thread.clock, FENCED, barrier.agent, epoch)
 
     def run() -> None:
         descriptor.fetch(row, column, box)
-        barrier.change(0, -size)
+        barrier.change(0, -size, barrier.copied(epoch, ORDERED, FENCED))
 
     barrier.copy(run)
 
 
 def copy(box: Shared, pointer: Pointer) -> None:
+    box.history.write(thread.clock, ORDERED, UNTOLD % AGENTS, UNTOLD // AGENTS)
     thread.copies.append((box, pointer))
 
 
 def copies_arrive(barrier: Barrier, increment_count: bool) -> None:
     assert not increment_count
     copies, thread.copies = thread.copies, []
+    epoch = barrier.epoch
+    for box, _ in copies:
+        box.history.tell(barrier.agent, epoch)
 
     def run() -> None:
         for box, pointer in copies:
-            box.store(load(pointer).as_subclass(Tensor).to(box.memory.dtype))
-        barrier.change(LANES, 0)
+            box.memory.copy_(load(pointer).as_subclass(Tensor))
+        barrier.change(LANES, 0, barrier.copied(epoch, ORDERED))
 
     barrier.copy(run)
 
@@ -369,22 +430,28 @@ def init(barrier: Barrier, count: Any) -> None:
 
 
 def allocate_shared_memory(dtype: Dtype, shape: list[int], layout: Any) -> Any:
+    name = assigned(sys._getframe(1))
     if layout == "barrier":
-        return Barrier() if len(shape) == 1 else Barriers(shape[0])
+        return Barrier(thread.block, name) if len(shape) == 1 else Barriers(thread.block, name, shape[0])
     poison = math.nan if dtype.torch.is_floating_point else torch.iinfo(dtype.torch).max
-    return Shared(torch.full(shape, poison).to(dtype.torch))
+    return Shared(torch.full(shape, poison).to(dtype.torch), History.of(thread.block.order, name, shape))
 
 
 def warp_specialize(partitions: list[Any], worker_num_warps: list[int], worker_num_regs: list[int]) -> None:
-    block = thread.block
+    block, known = thread.block, thread.clock.tell()
+    clocks = [
+        block.order.start(1 + number, f"{function.__name__} ({number})", known)
+        for number, (function, _) in enumerate(partitions)
+    ]
     threads = [
-        threading.Thread(target=_in_thread, args=(block, function, *arguments), daemon=True)
-        for function, arguments in partitions
+        threading.Thread(target=_in_thread, args=(block, clock, function, *arguments), daemon=True)
+        for clock, (function, arguments) in zip(clocks, partitions, strict=True)
     ]
     for started in threads:
         started.start()
-    for started in threads:
+    for started, clock in zip(threads, clocks, strict=True):
         started.join()
+        thread.clock.learn(clock.known)
 
 
 def _of_two(function: Any) -> Any:
@@ -450,8 +517,8 @@ PLACES: dict[str, Any] = {
     "mbarrier": SimpleNamespace(
         init=init,
         wait=lambda barrier, phase: barrier.wait(phase),
-        expect=lambda barrier, size: barrier.change(1, size),
-        arrive=lambda barrier, count=1: barrier.change(count, 0),
+        expect=lambda barrier, size: barrier.change(1, size, thread.clock.tell()),
+        arrive=lambda barrier, count=1: barrier.change(count, 0, thread.clock.tell()),
         MBarrierLayout=lambda: "barrier",
     ),
     "async_copy": SimpleNamespace(mbarrier_arrive=copies_arrive),
@@ -459,7 +526,7 @@ PLACES: dict[str, Any] = {
     "copy": copy,
     "warpgroup_mma": warpgroup_mma,
     "warpgroup_mma_wait": warpgroup_mma_wait,
-    "fence_async_shared": lambda: None,
+    "fence_async_shared": lambda: thread.clock.fence(),
     "synchronize": lambda: None,
 }
 
@@ -498,8 +565,10 @@ class InterpretedLauncher:
             arguments = (*descriptors.given, *map(Pointer.of, tensors), *sizes)
             for program in product(*map(range, programs)):
                 block = Block(program)
-                _in_thread(block, self._kernel, *arguments)
+                clock = block.order.start(0, self._kernel.__name__, nothing())
+                _in_thread(block, clock, self._kernel, *arguments)
                 if block.errors:
                     raise block.errors[0]
+                block.order.end(clock)
 
         return launch
