@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from pagedattn.kernels import hopper_decode
-from pagedattn.kernels.options import AttentionOptions
-from pagedattn.kernels.plan_reference import plan_attention
 from pagedattn.kernels.tiling import (
     HOPPER_HALF_SHARED_MEMORY,
     INVARIANT_ROWS,
-    ITEM_FIELDS,
     AttentionTiling,
     CacheRows,
     HopperDecodeLaunch,
@@ -25,8 +22,8 @@ from tests.device import DEVICE, INTERPRETED, IS_HOPPER, IS_LARGE
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case, cache_layout, draw_features
 from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher
+from tests.kernels.hopper import Result, check_on_the_chip, described, run_prepared, tiling_of
 from tests.kernels.oracle import AttentionCase
-from tests.kernels.test_attention import attend, plan_for
 
 
 def tiling(group: int = 4, head_size: int = 128, max_query_len: int = 1, **changes: Any) -> AttentionTiling:
@@ -133,49 +130,13 @@ def draw_case(number: int, device: torch.device) -> AttentionCase:
 
 def attend_interpreted(
     case: AttentionCase, multiprocessors: int, batch_invariant: bool = False, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Result:
     """The kernel's output and log-sum-exp, on the interpreter. ``dtype``: the output's, None = the query's."""
-    num_tokens, num_heads, head_size = case.query.shape
-    options = dict(case.options)
-    made = choose_tiling(
-        num_heads=num_heads,
-        num_kv_heads=case.key_cache.shape[2],
-        head_size=head_size,
-        head_size_v=head_size,
-        max_query_len=case.max_query_len,
-        max_seq_len=case.block_table.shape[1] * case.key_cache.shape[1],
-        num_seqs=case.seq_lens.shape[0],
-        multiprocessors=multiprocessors,
-        batch_invariant=batch_invariant,
-    )
-    rows = [
-        CacheRows.of(cache.shape, cache.stride(), cache.element_size()) for cache in (case.key_cache, case.value_cache)
-    ]
-    launch = choose(
-        made, head_size, block_size=case.key_cache.shape[1], key_rows=rows[0], value_rows=rows[1],
-        cache_itemsize=0.5 if case.key_cache.dtype == torch.uint8 else case.key_cache.element_size(),
-    )  # fmt: skip
+    made = tiling_of(case, multiprocessors=multiprocessors, batch_invariant=batch_invariant)
+    itemsize = 0.5 if case.key_cache.dtype == torch.uint8 else case.key_cache.element_size()
+    launch = choose(made, case.query.shape[2], cache_itemsize=itemsize, **described(case))
     assert launch is not None
-    items = torch.full((made.max_items, ITEM_FIELDS), -7, dtype=torch.int32)
-    counts = torch.full((made.num_counts,), -7, dtype=torch.int32)
-    plan_attention(
-        case.seq_lens, case.query_start_loc, items, counts, tiling=made, sliding_window=options.get("sliding_window")
-    )
-    out = torch.full_like(case.query, torch.nan, dtype=dtype)
-    lse = torch.full((num_tokens, num_heads), torch.nan)
-    options.setdefault("scale", head_size**-0.5)
-    chosen = AttentionOptions(**options)
-    prepared = hopper_decode.PreparedHopperDecode(
-        case.query, case.key_cache, case.block_table, made, launch, chosen, out, lse
-    )
-    partial_rows = made.max_slots * made.head_tiles * made.slot_rows
-    partials = torch.full((partial_rows * (head_size + (2 if batch_invariant else 1)),), torch.nan)
-    prepared(
-        case.query, case.key_cache, case.value_cache, case.block_table, (items, counts), chosen.alibi_slopes,
-        chosen.sinks, chosen.k_scale, chosen.v_scale, partials, out, lse,
-    )  # fmt: skip
-    assert not counts[4:].any()
-    return out, lse
+    return run_prepared(hopper_decode.PreparedHopperDecode, case, made, launch, dtype)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter replaces the jit functions")
@@ -194,24 +155,4 @@ def test_drawn_on_a_cpu(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not IS_HOPPER, reason="the kernel is for compute capability 9")
 @pytest.mark.parametrize("number", range(120))
 def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pagedattn.kernels import attention
-
-    case = draw_case(number, DEVICE)
-    served: list[object] = []
-    prepare = attention.prepare_hopper
-
-    def record(*given: Any) -> Any:
-        served.append(prepare(*given))
-        return served[-1]
-
-    monkeypatch.setattr(attention, "prepare_hopper", record)
-    monkeypatch.setattr("pagedattn.ops._prepared", {})
-    assert_within_budget(case, *attend(case, "given"))
-    assert served
-    assert all(launch is not None for launch in served)
-    if number % 10 == 0:  # the same bits again, and the plan's counters are back at 0
-        plan = plan_for(case)
-        first, again = (attend(case, "given") for _ in range(2))
-        assert torch.equal(first[0], again[0])
-        assert torch.equal(first[1], again[1])
-        assert not plan.counts[4:].any()
+    check_on_the_chip(draw_case(number, DEVICE), hopper_decode.PreparedHopperDecode, monkeypatch, number % 10 == 0)

@@ -9,11 +9,8 @@ import pytest
 import torch
 
 from pagedattn.kernels import hopper_prefill
-from pagedattn.kernels.options import AttentionOptions
-from pagedattn.kernels.plan_reference import plan_attention
 from pagedattn.kernels.tiling import (
     HOPPER_SHARED_MEMORY,
-    ITEM_FIELDS,
     AttentionTiling,
     CacheRows,
     HopperPrefillLaunch,
@@ -24,8 +21,8 @@ from tests.device import DEVICE, INTERPRETED, IS_HOPPER, IS_LARGE
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import build_case, draw_features
 from tests.kernels.gluon_interpreter import Descriptor, InterpretedLauncher
+from tests.kernels.hopper import Result, check_on_the_chip, described, run_prepared, tiling_of
 from tests.kernels.oracle import AttentionCase
-from tests.kernels.test_attention import attend, plan_for
 
 
 def tiling(group: int = 4, head_size: int = 128, max_query_len: int = 512, **changes: Any) -> AttentionTiling:
@@ -96,46 +93,12 @@ def draw_case(number: int, device: torch.device) -> AttentionCase:
     ).to(device)
 
 
-def attend_interpreted(case: AttentionCase, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_interpreted(case: AttentionCase, workers: int) -> Result:
     """The kernel's output and log-sum-exp, on the interpreter."""
-    num_tokens, num_heads, head_size = case.query.shape
-    num_kv_heads, num_seqs = case.key_cache.shape[2], case.seq_lens.shape[0]
-    options = dict(case.options)
-    window = options.get("sliding_window")
-    made = choose_tiling(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        head_size_v=head_size,
-        max_query_len=case.max_query_len,
-        max_seq_len=case.block_table.shape[1] * case.key_cache.shape[1],
-        num_seqs=num_seqs,
-        multiprocessors=workers,
-        shared_memory=HOPPER_SHARED_MEMORY,
-    )
-    rows = [CacheRows.of(cache.shape, cache.stride(), 2) for cache in (case.key_cache, case.value_cache)]
-    launch = choose(
-        made, head_size, block_size=case.key_cache.shape[1], key_rows=rows[0], value_rows=rows[1],
-        multiprocessors=workers,
-    )  # fmt: skip
+    made = tiling_of(case, multiprocessors=workers, shared_memory=HOPPER_SHARED_MEMORY)
+    launch = choose(made, case.query.shape[2], multiprocessors=workers, **described(case))
     assert launch is not None
-    items = torch.full((made.max_items, ITEM_FIELDS), -7, dtype=torch.int32)
-    counts = torch.full((made.num_counts,), -7, dtype=torch.int32)
-    plan_attention(case.seq_lens, case.query_start_loc, items, counts, tiling=made, sliding_window=window)
-    out = torch.full_like(case.query, torch.nan)
-    lse = torch.full((num_tokens, num_heads), torch.nan)
-    options.setdefault("scale", head_size**-0.5)
-    chosen = AttentionOptions(**options)
-    prepared = hopper_prefill.PreparedHopperPrefill(
-        case.query, case.key_cache, case.block_table, made, launch, chosen, out, lse
-    )
-    partials = torch.full((made.max_slots * made.head_tiles * made.slot_rows * (head_size + 1),), torch.nan)
-    prepared(
-        case.query, case.key_cache, case.value_cache, case.block_table, (items, counts), chosen.alibi_slopes,
-        chosen.sinks, None, None, partials, out, lse,
-    )  # fmt: skip
-    assert not counts[3:].any()
-    return out, lse
+    return run_prepared(hopper_prefill.PreparedHopperPrefill, case, made, launch)
 
 
 @pytest.fixture
@@ -187,25 +150,4 @@ def test_edges_on_a_cpu(seq_lens: list[int], query_lens: list[int], padding_rows
 @pytest.mark.skipif(not IS_HOPPER, reason="the kernel is for compute capability 9")
 @pytest.mark.parametrize("number", range(120))
 def test_drawn_on_hopper(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pagedattn.kernels import attention
-    from pagedattn.kernels.hopper_prefill import PreparedHopperPrefill
-
-    case = draw_case(number, DEVICE)
-    served: list[object] = []
-    prepare = attention.prepare_hopper
-
-    def record(*given: Any) -> Any:
-        served.append(prepare(*given))
-        return served[-1]
-
-    monkeypatch.setattr(attention, "prepare_hopper", record)
-    monkeypatch.setattr("pagedattn.ops._prepared", {})
-    assert_within_budget(case, *attend(case, "given"))
-    assert served
-    assert all(isinstance(launch, PreparedHopperPrefill) for launch in served)
-    if number % 10 == 0:  # the same bits again, and the plan's counters are back at 0
-        plan = plan_for(case)
-        first, again = (attend(case, "given") for _ in range(2))
-        assert torch.equal(first[0], again[0])
-        assert torch.equal(first[1], again[1])
-        assert not plan.counts[3:].any()
+    check_on_the_chip(draw_case(number, DEVICE), hopper_prefill.PreparedHopperPrefill, monkeypatch, number % 10 == 0)
