@@ -961,7 +961,7 @@ def hopper_decode_kernel(
                     stride_out_token, stride_out_head, stride_query_token, stride_query_head, stride_table_sequence,
                     stride_k_scale_block, stride_k_scale_slot, stride_v_scale_block, stride_v_scale_slot,
                     keys, values, key_tile, value_tile, query_tile, probability_tile,
-    total_tile, maximum_tile, denominator_tile,
+                    total_tile, maximum_tile, denominator_tile,
                     keys_full, values_full, tile_empty,
                     HEADS, HEAD_DIM, COLUMNS, QUERIES_PER_TILE, PAGE, BLOCK_N, SLOTS, SLOT_ROWS, STAGES,
                     CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI, HAS_SINKS, RETURN_LSE,
