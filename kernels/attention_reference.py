@@ -412,13 +412,21 @@ def _gather(cache: Tensor, block: Tensor, slot: Tensor, scale: Tensor | None) ->
 
 def _add_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """One logit more in the denominator: out [G, H, Q, Dv], lse [G, H, Q], sinks broadcast to lse."""
-    total = torch.logaddexp(lse, sinks.expand_as(lse))
+    total = _add_logs(lse, sinks.expand_as(lse))
     return out * torch.exp(lse - total)[..., None].nan_to_num(0.0), total
+
+
+def _add_logs(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)). ``torch.logaddexp`` computes the last few elements of a tensor otherwise than the others,
+    and which are the last depends on the batch."""
+    largest = torch.maximum(a, b)
+    shift = largest.masked_fill(largest == -INFINITY, 0.0)
+    return largest + torch.log(torch.exp(a - shift) + torch.exp(b - shift))
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from the attention over each: fp32 [..., Dv] and [...]."""
-    lse = torch.logaddexp(lse_a, lse_b)
+    lse = _add_logs(lse_a, lse_b)
     safe = lse.masked_fill(lse == -INFINITY, 0.0)
     weight_a, weight_b = (torch.exp(part - safe)[..., None] for part in (lse_a, lse_b))
     return out_a * weight_a + out_b * weight_b, lse

@@ -23,7 +23,7 @@ from pagedattn.checks import (
     require_no_grad,
     require_tensor,
 )
-from pagedattn.kernels import layers_reference, sampling_reference
+from pagedattn.kernels import invariant_linear_reference, layers_reference, sampling_reference
 from pagedattn.kernels.sampling_reference import as_int64 as as_int64  # what makes the bits of seeds
 from pagedattn.kernels.sampling_reference import derive_seed as derive_seed
 from pagedattn.ops import fake_of_mutation, register, uses_triton
@@ -106,7 +106,9 @@ def _check_norm_linear(
     require_no_grad(norm_weight=norm_weight)
 
 
-def _check_add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_add_linear(
+    residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool = False
+) -> None:
     _check_linear("values", values, weight, bias)
     _check_matrix("residual", residual, columns=weight.shape[0])
     fits = residual.shape[0] == values.shape[0] and residual.dtype == values.dtype and residual.device == values.device
@@ -178,32 +180,46 @@ def _silu_and_mul_fake(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
-def _linear(tensor: Tensor) -> Any:
+def _linear(tensor: Tensor, batch_invariant: bool) -> Any:
     """As ``_layers``, for products."""
     if not uses_triton(tensor):
-        return layers_reference
-    from pagedattn.kernels import linear
+        return invariant_linear_reference if batch_invariant else layers_reference
+    from pagedattn.kernels import invariant_linear, linear
 
-    return linear
+    return invariant_linear if batch_invariant else linear
 
 
 def _norm_linear(
-    values: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool
+    values: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    gated: bool,
+    batch_invariant: bool = False,
 ) -> Tensor:
     _check_norm_linear(values, norm_weight, eps, weight, bias, gated)
-    return _linear(values).norm_linear(values, norm_weight, eps, weight, bias, gated)
+    return _linear(values, batch_invariant).norm_linear(values, norm_weight, eps, weight, bias, gated)
 
 
 def _norm_linear_fake(
-    values: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool
+    values: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    gated: bool,
+    batch_invariant: bool = False,
 ) -> Tensor:
     _check_norm_linear(values, norm_weight, eps, weight, bias, gated)
     return values.new_empty((values.shape[0], weight.shape[0] // (2 if gated else 1)))
 
 
-def _add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_add_linear(residual, values, weight, bias)
-    _linear(values).add_linear(residual, values, weight, bias)
+def _add_linear(
+    residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool = False
+) -> None:
+    _check_add_linear(residual, values, weight, bias, batch_invariant)
+    _linear(values, batch_invariant).add_linear(residual, values, weight, bias)
 
 
 def _sample_tokens(*args: Tensor) -> Tensor:
@@ -237,13 +253,14 @@ register(
 register("silu_and_mul", "(Tensor gate_up) -> Tensor", _silu_and_mul, _silu_and_mul_fake)
 register(
     "norm_linear",
-    "(Tensor values, Tensor norm_weight, float eps, Tensor weight, Tensor? bias, bool gated) -> Tensor",
+    "(Tensor values, Tensor norm_weight, float eps, Tensor weight, Tensor? bias, bool gated, "
+    "bool batch_invariant=False) -> Tensor",
     _norm_linear,
     _norm_linear_fake,
 )
 register(
     "add_linear",
-    "(Tensor(a!) residual, Tensor values, Tensor weight, Tensor? bias) -> ()",
+    "(Tensor(a!) residual, Tensor values, Tensor weight, Tensor? bias, bool batch_invariant=False) -> ()",
     _add_linear,
     fake_of_mutation(_check_add_linear),
 )
@@ -340,6 +357,7 @@ def norm_linear(
     bias: Tensor | None = None,
     *,
     gated: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``rms_norm`` of values, times a matrix, and ``silu_and_mul`` of that if it is gated.
 
@@ -352,6 +370,9 @@ def norm_linear(
         weight: [N, K], contiguous.
         bias: [N]; not with gated.
         gated: the first half of weight makes gates for the second.
+        batch_invariant: a row's bits do not depend on how many others there are: on CUDA by one kernel for any number
+            of them, slower than what is chosen by it; on a CPU by blocks of a fixed number of rows, as far as its BLAS
+            treats the rows of a block alike (``kernels/invariant_linear_reference.py``).
 
     Returns:
         [T, N]; gated: [T, N / 2].
@@ -362,10 +383,13 @@ def norm_linear(
     _require_tensors(values=values, norm_weight=norm_weight, weight=weight)
     require_tensor("bias", bias, optional=True)
     require_bool("gated", gated)
-    return torch.ops.pagedattn.norm_linear.default(values, norm_weight, eps, weight, bias, gated)
+    require_bool("batch_invariant", batch_invariant)
+    return torch.ops.pagedattn.norm_linear.default(values, norm_weight, eps, weight, bias, gated, batch_invariant)
 
 
-def add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def add_linear(
+    residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+) -> None:
     """Add values times a matrix to the residual stream, in place.
 
     Args:
@@ -373,13 +397,15 @@ def add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | 
         values: [T, K].
         weight: [N, K], contiguous; like bias it must be older than the work ahead, as in ``norm_linear``.
         bias: [N].
+        batch_invariant: as in ``norm_linear``.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
     _require_tensors(residual=residual, values=values, weight=weight)
     require_tensor("bias", bias, optional=True)
-    torch.ops.pagedattn.add_linear.default(residual, values, weight, bias)
+    require_bool("batch_invariant", batch_invariant)
+    torch.ops.pagedattn.add_linear.default(residual, values, weight, bias, batch_invariant)
 
 
 def sample_tokens(

@@ -131,6 +131,13 @@ def test_how_a_prefill_is_cut_does_not_show(dtype: torch.dtype) -> None:
     check_cuts(Sequences(LENGTHS[:1], 90 if INTERPRETED else 700, attend, dtype=dtype), NUM_CUTS)
 
 
+def test_the_last_elements_of_a_tensor_are_computed_as_the_others() -> None:
+    """On a CPU vectors do not divide odd numbers of heads, and a sequence that ends with a tile has its query there."""
+    lengths = [320, 608] if INTERPRETED else [704, 320, 608]
+    sequences = Sequences(lengths, 20, attend, dtype=torch.float32, num_heads=9, num_kv_heads=3)
+    check_batches(sequences, NUM_BATCHES, [2, 3, 5])
+
+
 # --- the kernel for Hopper --------------------------------------------------------------------------------------------
 
 HOPPER_CASES: list[dict[str, Any]] = [

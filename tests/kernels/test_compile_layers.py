@@ -64,6 +64,31 @@ def test_products_compile(capability: int, element: str) -> None:
             assert compiled.asm["ptx"].count("bar.sync") <= 2 * rows
 
 
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("element", ["*bf16", "*fp32"])
+def test_invariant_products_compile(capability: int, element: str, tmp_path: Path) -> None:
+    """Every tile that is chosen, with and without what joins; in the loop of half types nothing is spilled."""
+    from pagedattn.kernels import invariant_linear
+
+    kernel = invariant_linear.invariant_linear_kernel
+    itemsize = 4 if element == "*fp32" else 2
+    for outputs, size, gated in ((960, 576, False), (4096, 4096, False), (128_256, 4096, False), (14_336, 4096, True)):
+        cut = invariant_linear.choose_invariant_linear(outputs, gated, itemsize)
+        constants = {"SIZE": size, "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
+        constants |= {"HAS_BIAS": outputs == 960, "GATED": gated, "ADDS": outputs == 4096}
+        compiled = compile_kernel(
+            kernel,
+            capability,
+            pointers_of(kernel, element),
+            {**constants, "OVERLAP": capability >= 90},
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
+            launch_pdl=capability >= 90,
+        )
+        if element == "*bf16":
+            assert stack_bytes(compiled, tmp_path / "kernel.cubin") == 0
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("element", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("vocab_size", [259, 128_256])

@@ -1,0 +1,63 @@
+"""``invariant_linear.py`` in torch, for CPU tensors: a row's bits do not depend on how many others there are.
+
+A CPU's library too chooses its kernel by the number of rows (one row is not even a matrix to it). So rows are taken
+BLOCK_ROWS at a time, the last block filled up with zeros: all products of a weight are the same call, on operands of
+the same alignment. That a row comes out the same at every place of such a block no library promises; it is what the
+tests find with the one that this torch has. It holds for one machine and one number of threads.
+
+Some of torch's elementwise functions compute the end of a tensor by other code than its middle, so that an element's
+last bit depends on what is beside it. What is called here does not: sums, products, quotients, ``exp``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pagedattn.kernels.layers_reference import rms_norm
+
+BLOCK_ROWS = 16
+
+
+def _linear(values: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+    """Values [T, K] times weight [N, K], on top of addend, [N] or [T, N]: [T, N], rounded once."""
+    rows = values.shape[0]
+    filling = (0, 0, 0, -rows % BLOCK_ROWS)
+    values = F.pad(values, filling)
+    if addend is not None and addend.ndim == 2:
+        addend = F.pad(addend, filling)
+    out = values.new_empty((values.shape[0], weight.shape[0]))
+    for first in range(0, rows, BLOCK_ROWS):
+        block = slice(first, first + BLOCK_ROWS)
+        if addend is None:
+            torch.mm(values[block], weight.t(), out=out[block])
+        else:
+            base = addend if addend.ndim == 1 else addend[block]
+            torch.addmm(base, values[block], weight.t(), out=out[block])
+    return out[:rows]
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x), computed in fp32."""
+    wide = x.float()
+    return (wide / (torch.exp(-wide) + 1.0)).to(x.dtype)
+
+
+def norm_linear(
+    values: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool
+) -> Tensor:
+    """rms_norm(values) [T, K] times weight [N, K]; gated: [T, N / 2], silu of the first half times the second."""
+    product = _linear(rms_norm(values, norm_weight, eps), weight, bias)
+    if not gated:
+        return product
+    gate, up = product.chunk(2, dim=-1)
+    return silu(gate).mul_(up)
+
+
+def add_linear(residual: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Add values [T, K] times weight [N, K] to residual [T, N] in place."""
+    if bias is None:
+        residual.copy_(_linear(values, weight, residual))
+    else:
+        residual += _linear(values, weight, bias)
