@@ -25,3 +25,4 @@ class BatchTensors:
     logits_indices: Tensor  # int64 [L]
     max_query_len: int
     max_seq_len: int
+    batch_invariant: bool = False  # a row's bits may depend on its own sequence alone

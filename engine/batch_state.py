@@ -66,7 +66,8 @@ class StagedStep:
 class BatchState:
     """``max_num_seqs`` rows for sequences of up to ``max_model_len`` tokens; each group of layers has a block table.
 
-    ``null_block`` stands in the tables for blocks that a group's window has left behind: nothing there is seen.
+    ``null_block`` stands in the tables for blocks that a group's window has left behind: nothing there is seen. Batches
+    are said to be ``batch_invariant``, or not to need it.
     """
 
     def __init__(
@@ -78,12 +79,14 @@ class BatchState:
         num_groups: int,
         null_block: int,
         device: torch.device,
+        batch_invariant: bool = False,
     ) -> None:
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.device = device
         self.num_groups = num_groups
         self._null_block = null_block
+        self._batch_invariant = batch_invariant
         self._table_width = -(-max_model_len // block_size)
         num_fields = NUM_FIELDS * max_num_seqs
         self._words = torch.zeros(
@@ -398,6 +401,7 @@ class BatchState:
             logits_indices=logits_indices,
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
+            batch_invariant=self._batch_invariant,
         )
         return batch, SamplingTensors(*inputs[4:])
 

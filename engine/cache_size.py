@@ -42,6 +42,7 @@ def default_num_blocks(
     max_num_batched_tokens: int,
     gpu_memory_utilization: float,
     enforce_eager: bool = False,
+    batch_invariant: bool = False,
 ) -> int:
     """Blocks for ``max_num_seqs`` sequences of ``max_model_len`` tokens, or as many as there is memory for.
 
@@ -58,6 +59,7 @@ def default_num_blocks(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enforce_eager=enforce_eager,
+            batch_invariant=batch_invariant,
         )
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(decoder.device)
@@ -89,6 +91,7 @@ def _measure_step_bytes(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     enforce_eager: bool,
+    batch_invariant: bool = False,
 ) -> int:
     """Peak bytes of a step of ``max_num_batched_tokens`` tokens and as many sampled rows as it can have; and what
     graphs keep for themselves: the peak of the largest, and what the driver has of each."""
@@ -100,6 +103,7 @@ def _measure_step_bytes(
         max_model_len=max_model_len,
         block_size=block_size,
         device=decoder.device,
+        batch_invariant=batch_invariant,
     )
 
     def peak(num_seqs: int, max_num_tokens: int) -> int:

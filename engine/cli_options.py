@@ -30,6 +30,7 @@ ENGINE_OPTIONS = (
     "swap_space",
     "policy",
     "order",
+    "batch_invariant",
     "seed",
 )
 SAMPLING_OPTIONS = (
@@ -83,6 +84,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--swap-space", type=float, metavar="GIB", help="host memory for preempted requests")
     group.add_argument("--policy", help="how batches are formed: default, static, vllm, ... (docs/batching.md)")
     group.add_argument("--order", help="who joins a batch first: fcfs, priority, sjf, fair, ... (docs/batching.md)")
+    group.add_argument(
+        "--batch-invariant",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the same bits for a request alone and in any batch; slower",
+    )
     group.add_argument("--seed", type=int, help="where requests without a seed get theirs from")
 
 

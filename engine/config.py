@@ -23,6 +23,7 @@ class EngineConfig:
     between two lines of the log, None for none. ``alerts``: what is looked at every ``check_interval`` seconds.
     ``degradation``: what is given up under pressure, the first rung first. ``async_scheduling``: a step is launched
     before the tokens of the one before it are known (docs/decode-loop.md). ``enforce_eager``: no CUDA graphs.
+    ``batch_invariant``: a request's bits do not depend on the steps that it shares with others (docs/decode-loop.md).
     """
 
     num_blocks: int
@@ -43,13 +44,14 @@ class EngineConfig:
     degradation: tuple[Rung, ...] = ()
     async_scheduling: bool = False
     enforce_eager: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed: it must be an int >= 1")
-        for name in ("enable_prefix_caching", "async_scheduling", "enforce_eager"):
+        for name in ("enable_prefix_caching", "async_scheduling", "enforce_eager", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: True or False")
         if not isinstance(self.swap_space, int | float) or not 0.0 <= self.swap_space < float("inf"):

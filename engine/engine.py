@@ -88,6 +88,7 @@ class Engine:
             max_model_len=config.max_model_len,
             block_size=config.block_size,
             device=torch.device(device),
+            batch_invariant=config.batch_invariant,
         )
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)

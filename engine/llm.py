@@ -64,6 +64,9 @@ class LLM:
         enforce_eager: on a GPU, launch a decode's kernels one by one and not as a CUDA graph: ready sooner, slower.
         async_scheduling: on a GPU, launch a step before the tokens of the one before it are known. On a CPU there is
             nothing to overlap, and steps are always one after the other.
+        batch_invariant: a request's logits, tokens and log probabilities are the same bits alone and in any batch,
+            however its prompt is cut, with its prefix cached or not, and after a preemption (docs/decode-loop.md).
+            Slower.
         seed: where requests without a seed get theirs from.
         max_waiting_requests, max_waiting_tokens: at most so many sequences, and tokens of them, wait in the engine;
             None is no bound. The methods here hold back what finds no room; ``llm.engine.add_request`` refuses it.
@@ -93,6 +96,7 @@ class LLM:
         order: str | QueueOrder = "fcfs",
         enforce_eager: bool = False,
         async_scheduling: bool = True,
+        batch_invariant: bool = False,
         seed: int = 0,
         max_waiting_requests: int | None = None,
         max_waiting_tokens: int | None = None,
@@ -119,6 +123,7 @@ class LLM:
             order=order,
             enforce_eager=enforce_eager,
             async_scheduling=async_scheduling,
+            batch_invariant=batch_invariant,
             seed=seed,
             max_waiting_requests=max_waiting_requests,
             max_waiting_tokens=max_waiting_tokens,
@@ -148,6 +153,7 @@ class LLM:
                     max_num_batched_tokens=max_num_batched_tokens,
                     gpu_memory_utilization=gpu_memory_utilization,
                     enforce_eager=enforce_eager,
+                    batch_invariant=batch_invariant,
                 )
         max_step_tokens = max_num_batched_tokens if resolve_policy(policy).takes_blocks_stepwise else None
         groups = group_layers(loaded.config.layer_windows)

@@ -277,6 +277,7 @@ class Decoder:
                 max_query_len=batch.max_query_len,
                 max_seq_len=batch.max_seq_len,
                 sliding_window=window,
+                batch_invariant=batch.batch_invariant,
                 out=None if out is None else out[window],
             )
             for window in dict.fromkeys(cache.groups.windows)
@@ -300,9 +301,11 @@ class Decoder:
         for layer, layer_cache, group in zip(self.layers, cache.layers, cache.groups.group_of_layer, strict=True):
             window = cache.groups.windows[group]
             self._add_attention(hidden, layer, batch, group, window, plans[window], layer_cache)
-            self._add_mlp(hidden, layer)
+            self._add_mlp(hidden, layer, batch.batch_invariant)
         last = hidden.index_select(0, batch.logits_indices)
-        return layer_ops.norm_linear(last, self.final_norm, self.config.rms_norm_eps, self.lm_head)
+        return layer_ops.norm_linear(
+            last, self.final_norm, self.config.rms_norm_eps, self.lm_head, batch_invariant=batch.batch_invariant
+        )
 
     def _add_attention(
         self,
@@ -316,7 +319,12 @@ class Decoder:
     ) -> None:
         config = self.config
         heads = layer_ops.norm_linear(
-            hidden, layer.attention_norm, config.rms_norm_eps, layer.query_key_value, layer.query_key_value_bias
+            hidden,
+            layer.attention_norm,
+            config.rms_norm_eps,
+            layer.query_key_value,
+            layer.query_key_value_bias,
+            batch_invariant=batch.batch_invariant,
         )
         heads = heads.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_size)
         query, key, value = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
@@ -349,11 +357,20 @@ class Decoder:
             v_scale=cache.v_scale,
             plan=plan,
         )
-        layer_ops.add_linear(hidden, attended.flatten(1), layer.output, layer.output_bias)
+        layer_ops.add_linear(
+            hidden, attended.flatten(1), layer.output, layer.output_bias, batch_invariant=batch.batch_invariant
+        )
 
-    def _add_mlp(self, hidden: Tensor, layer: DecoderLayer) -> None:
-        gated = layer_ops.norm_linear(hidden, layer.mlp_norm, self.config.rms_norm_eps, layer.gate_up, gated=True)
-        layer_ops.add_linear(hidden, gated, layer.down)
+    def _add_mlp(self, hidden: Tensor, layer: DecoderLayer, batch_invariant: bool) -> None:
+        gated = layer_ops.norm_linear(
+            hidden,
+            layer.mlp_norm,
+            self.config.rms_norm_eps,
+            layer.gate_up,
+            gated=True,
+            batch_invariant=batch_invariant,
+        )
+        layer_ops.add_linear(hidden, gated, layer.down, batch_invariant=batch_invariant)
 
     def weight_slots(self) -> dict[str, Tensor]:
         """Every weight that a checkpoint must bring, by name, as the tensor that it is loaded into."""

@@ -77,7 +77,10 @@ class RunningStep:
 
 
 class ModelRunner:
-    """``decoder`` over ``cache`` on ``device``, for at most ``max_num_seqs`` sequences of ``max_model_len`` tokens."""
+    """``decoder`` over ``cache`` on ``device``, for at most ``max_num_seqs`` sequences of ``max_model_len`` tokens.
+
+    ``batch_invariant``: a request gets the same bits, logits and log probabilities, whatever else is in its steps.
+    """
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class ModelRunner:
         max_model_len: int,
         block_size: int,
         device: torch.device,
+        batch_invariant: bool = False,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
@@ -98,7 +102,9 @@ class ModelRunner:
             num_groups=len(cache.windows),
             null_block=cache.null_block,
             device=device,
+            batch_invariant=batch_invariant,
         )
+        self._batch_invariant = batch_invariant
         self._device = device
         self._is_cuda = device.type == "cuda"
         self._max_model_len = max_model_len
@@ -235,7 +241,7 @@ class ModelRunner:
             rows = indices if staged.sample_rows is None else staged.sample_rows[indices].long()
             self.state.replace_last(rows, chosen)
         asked = [(index, request.params.logprobs) for index, request in asking if request.params.logprobs is not None]
-        return PendingLogprobs(logits, token_ids, asked) if asked else None
+        return PendingLogprobs(logits, token_ids, asked, self._batch_invariant) if asked else None
 
     def _send_back(self, staged: StagedStep, token_ids: Tensor, logprobs: PendingLogprobs | None) -> RunningStep:
         self._turn = (self._turn + 1) % MAX_RUNNING_STEPS

@@ -59,6 +59,7 @@ def measure_preemption_costs(
         max_model_len=config.max_model_len,
         block_size=cache.block_size,
         device=cache.device,
+        batch_invariant=config.batch_invariant,
     )
     compute = partial(_compute, runner, manager, config.max_num_batched_tokens)
     step = seconds(partial(compute, 1))

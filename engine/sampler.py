@@ -72,23 +72,32 @@ class PendingLogprobs:
     """Log probabilities of samples, on their way from the device to the host.
 
     ``asked``: (index, count) of samples, and of how many likeliest tokens each wants to know. Neither ``logits`` [L,
-    vocabulary] nor ``token_ids`` (int64 [L]) are used after the constructor.
+    vocabulary] nor ``token_ids`` (int64 [L]) are used after the constructor. ``batch_invariant``: each sample's are
+    computed by themselves, for how rows are summed, and which of equals is the likelier, follows from their number.
     """
 
-    def __init__(self, logits: Tensor, token_ids: Tensor, asked: Sequence[tuple[int, int]]) -> None:
-        self._asked = asked
+    def __init__(
+        self, logits: Tensor, token_ids: Tensor, asked: Sequence[tuple[int, int]], batch_invariant: bool = False
+    ) -> None:
+        parts = [[one] for one in asked] if batch_invariant else [asked]
+        self._parts = [(part, self._send(logits, token_ids, part)) for part in parts]
+
+    @staticmethod
+    def _send(logits: Tensor, token_ids: Tensor, asked: Sequence[tuple[int, int]]) -> list[Tensor]:
         selected = to_device([index for index, _ in asked], torch.int64, logits.device)
         logprobs = torch.log_softmax(logits[selected].float(), dim=-1)
         chosen = logprobs.gather(-1, token_ids[selected].clamp(min=0).unsqueeze(-1))
         ranks = (logprobs > chosen).sum(dim=-1) + 1
         num_top = min(max(count for _, count in asked), logprobs.shape[-1])
         top = torch.topk(logprobs, num_top, dim=-1)
-        self._arriving = [to_host(values) for values in (chosen.squeeze(-1), ranks, top.indices, top.values)]
+        return [to_host(values) for values in (chosen.squeeze(-1), ranks, top.indices, top.values)]
 
     def read(self) -> dict[int, TokenLogprobs]:
         """By sample, once the device has come so far."""
-        per_sample = zip(self._asked, *(values.tolist() for values in self._arriving), strict=True)
         return {
             index: TokenLogprobs(logprob, rank, top_ids[:count], top_values[:count])
-            for (index, count), logprob, rank, top_ids, top_values in per_sample
+            for asked, arriving in self._parts
+            for (index, count), logprob, rank, top_ids, top_values in zip(
+                asked, *(values.tolist() for values in arriving), strict=True
+            )
         }
