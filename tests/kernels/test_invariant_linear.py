@@ -116,6 +116,13 @@ def test_no_rows() -> None:
     layer_ops.add_linear(draw(0, 10, dtype=torch.float32), values, weight, batch_invariant=True)
 
 
+def test_opcheck() -> None:
+    values, weight = draw(4, 64, dtype=DTYPES[0]), draw(10, 64, dtype=DTYPES[0], seed=1)
+    ops = torch.ops.pagedattn
+    torch.library.opcheck(ops.norm_linear.default, (values, weight[0].clone(), EPS, weight, None, True, True))
+    torch.library.opcheck(ops.add_linear.default, (draw(4, 10, dtype=DTYPES[0]), values, weight, None, True))
+
+
 def test_the_cut_is_the_weights_own() -> None:
     """Rows are not among what it is chosen by; few outputs are spread over many programs."""
     choose = pytest.importorskip("pagedattn.kernels.invariant_linear").choose_invariant_linear
