@@ -18,15 +18,22 @@ from torch import Tensor
 from pagedattn.kernels.layers_reference import rms_norm
 
 BLOCK_ROWS = 16
+# For fewer outputs, of rows that are not whole vectors, one CPU's library was found to treat a block's rows by their
+# places: up to 11 outputs in fp32, where columns are no multiple of 4.
+FEW_OUTPUTS = 32
+COLUMN_ALIGNMENT = 16
 
 
 def _linear(values: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
     """Values [T, K] times weight [N, K], on top of addend, [N] or [T, N]: [T, N], rounded once."""
-    rows = values.shape[0]
-    filling = (0, 0, 0, -rows % BLOCK_ROWS)
-    values = F.pad(values, filling)
+    rows, size = values.shape
+    missing_rows = -rows % BLOCK_ROWS
+    missing_columns = -size % COLUMN_ALIGNMENT if weight.shape[0] < FEW_OUTPUTS else 0
+    values = F.pad(values, (0, missing_columns, 0, missing_rows))
+    if missing_columns:
+        weight = F.pad(weight, (0, missing_columns))
     if addend is not None and addend.ndim == 2:
-        addend = F.pad(addend, filling)
+        addend = F.pad(addend, (0, 0, 0, missing_rows))
     out = values.new_empty((values.shape[0], weight.shape[0]))
     for first in range(0, rows, BLOCK_ROWS):
         block = slice(first, first + BLOCK_ROWS)

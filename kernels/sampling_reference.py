@@ -127,11 +127,13 @@ def _thresholds_among(
     A row's threshold does not depend on how many were looked at: other rows change the work, not the result.
     """
     candidates = torch.topk(probabilities, num_candidates, dim=-1).values
-    top_k = torch.where(top_k > 0, top_k, probabilities.shape[-1]).unsqueeze(-1).long()
+    vocab_size = probabilities.shape[-1]
+    has_top_k = ((top_k > 0) & (top_k < vocab_size)).unsqueeze(-1)
+    top_k = torch.where(has_top_k, top_k.unsqueeze(-1).long(), vocab_size)
     has_top_p = (top_p < 1.0).unsqueeze(-1)
 
     min_p_thresholds = candidates[:, :1] * min_p.unsqueeze(-1)
-    is_top_k_inside = top_k <= num_candidates
+    is_top_k_inside = has_top_k & (top_k <= num_candidates)
     top_k_thresholds = candidates.gather(-1, top_k.clamp(max=num_candidates) - 1) * is_top_k_inside
 
     is_kept = (candidates >= min_p_thresholds) & (torch.arange(num_candidates, device=top_k.device) < top_k)

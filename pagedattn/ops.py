@@ -391,6 +391,7 @@ def _attend(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     if uses_triton(call.query):
         _attend_triton(call, out, lse)
         return
+    _attention_tiling(call, out)
     attention_reference.paged_attention(
         *call[:6], options=_options(call), out=out, lse=lse, batch_invariant=call.batch_invariant
     )
@@ -435,15 +436,22 @@ class _Planner(NamedTuple):
         return plan
 
 
-def _prepare_attention(call: _Attention, out: Tensor, lse: Tensor | None) -> tuple[Any, _Planner]:
-    """The launch of a checked call, and that of its plan in case it has none."""
-    from pagedattn.kernels.attention import PreparedAttention
-
-    query, key_cache, value_cache, num_seqs, plan = *call[:3], call.seq_lens.shape[0], call.plan
+def _attention_tiling(call: _Attention, out: Tensor) -> AttentionTiling:
+    """The tiling of a checked call, which a plan that it brings must have been made for."""
+    query, key_cache, num_seqs, plan = *call[:2], call.seq_lens.shape[0], call.plan
     sizes = (query.shape[1], key_cache.shape[2], query.shape[2], out.shape[2], call.max_query_len, call.max_seq_len)
     tiling = _cached_tiling(_Geometry(*sizes, call.batch_invariant), num_seqs, query.device)
     if plan is not None and (len(plan) != 2 or not _fits_plan(tiling, query.device, *plan)):
         fail("plan", plan and plan[0], f"made for these {num_seqs} sequences and this geometry")
+    return tiling
+
+
+def _prepare_attention(call: _Attention, out: Tensor, lse: Tensor | None) -> tuple[Any, _Planner]:
+    """The launch of a checked call, and that of its plan in case it has none."""
+    from pagedattn.kernels.attention import PreparedAttention
+
+    query, key_cache, value_cache, num_seqs = *call[:3], call.seq_lens.shape[0]
+    tiling = _attention_tiling(call, out)
     window = _window(call.sliding_window, call.max_seq_len)
     planner = _Planner(_prepare_plan(tiling, num_seqs, window, query.device), tiling)
     fingerprint = (call[6:13], call.batch_invariant, *map(_metadata, (*call[:6], *call[13:19], out, lse)))

@@ -155,6 +155,22 @@ def test_plan_serves_several_layers() -> None:
             torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_plan_of_another_batch_is_refused(batch_invariant: bool) -> None:
+    case = plain_case().to(DEVICE)
+    plan = plan_for(case, batch_invariant=batch_invariant)
+    more = plain_case(seq_lens=[700, 9, 0, 33, 5], query_lens=[5, 9, 1, 1, 1]).to(DEVICE)
+
+    def call(on: AttentionCase, **bounds: int) -> None:
+        pagedattn.paged_attention(*on.arguments(), max_query_len=9, plan=plan, **bounds)
+
+    call(case)
+    with pytest.raises(ValueError, match=r"^plan: .*made for these 5 sequences"):
+        call(more)
+    with pytest.raises(ValueError, match=r"^plan: got one for"):
+        call(case, max_seq_len=700)
+
+
 def test_repeated_blocks_of_a_shared_prefix() -> None:
     """Two sequences whose tables begin with the same blocks see the same keys there."""
     case = plain_case(seq_lens=[70, 80], query_lens=[1, 3]).to(DEVICE)

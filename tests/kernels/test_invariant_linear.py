@@ -17,7 +17,11 @@ from tests.kernels.test_layers import EPS, assert_as_good_as, draw, exact_norm
 NUM_ROWS = 130
 COUNTS = (1, 5, 64, 130)
 # [outputs, columns]: whole tiles and blocks, and none.
-SHAPES = [(96, 64), (77, 203)] if INTERPRETED else [(96, 64), (77, 203), (960, 576), (2101, 72), (50, 4096)]
+SHAPES = (
+    [(96, 64), (77, 203)]
+    if INTERPRETED
+    else [(96, 64), (77, 203), (4, 203), (1, 90), (960, 576), (2101, 72), (50, 4096)]
+)
 
 
 class Products:

@@ -154,6 +154,22 @@ def test_a_row_depends_on_nothing_else() -> None:
     assert torch.equal(sample(logits[backwards], given.rows(backwards)), together[backwards])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="of the reference alone")
+def test_a_threshold_at_a_step_of_the_cdf_does_not_depend_on_who_asks_for_more() -> None:
+    """Where top_p falls on a step, the last bit of the mass decides; a neighbour's top_k has more tokens looked at."""
+    probabilities = torch.softmax(torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0)) * 0.5, dim=-1)
+    steps = probabilities.sort(descending=True).values.cumsum(-1, dtype=torch.float64)[0, 4500:12_000:50]
+    pair = probabilities.expand(2, -1)
+    for top_p in steps.float().tolist():
+        alone = sampling_reference._probability_thresholds(
+            probabilities, torch.tensor([0]), torch.tensor([top_p]), torch.tensor([0.0])
+        )
+        beside = sampling_reference._probability_thresholds(
+            pair, torch.tensor([0, 15_000]), torch.tensor([top_p, 1.0]), torch.tensor([0.0, 0.0])
+        )
+        assert torch.equal(alone[0], beside[0])
+
+
 def test_greedy_takes_the_first_of_equals() -> None:
     logits = random_logits(3, 9000)
     logits[0, [8999, 4097, 4096]] = 50.0
