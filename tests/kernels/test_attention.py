@@ -161,8 +161,8 @@ def test_a_plan_of_another_batch_is_refused(batch_invariant: bool) -> None:
     plan = plan_for(case, batch_invariant=batch_invariant)
     more = plain_case(seq_lens=[700, 9, 0, 33, 5], query_lens=[5, 9, 1, 1, 1]).to(DEVICE)
 
-    def call(on: AttentionCase, **bounds: int) -> None:
-        pagedattn.paged_attention(*on.arguments(), max_query_len=9, plan=plan, **bounds)
+    def call(on: AttentionCase, max_seq_len: int | None = None) -> None:
+        pagedattn.paged_attention(*on.arguments(), max_query_len=9, max_seq_len=max_seq_len, plan=plan)
 
     call(case)
     with pytest.raises(ValueError, match=r"^plan: .*made for these 5 sequences"):
