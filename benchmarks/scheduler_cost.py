@@ -4,13 +4,15 @@
 
 Pure Python on one core, so what bounds it is the number of requests in the step. A third as many requests end as there
 are steps, so that others join; "tight" has too few blocks for all that may run, so that each step also looks for one
-that fits. Medians over the steps; ends with one JSON line.
+that fits. Medians over the steps. Then what a long prompt whose prefix is in the cache costs as it comes: hashing its
+blocks and finding them. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -71,11 +73,44 @@ def measure(policy: str, order: str, *, num_running: int, num_waiting: int, is_t
     return Cost(policy, order, memory, num_waiting, num_seqs, statistics.median(times), p99)
 
 
-def _request(index: int) -> Request:
-    num_prompt = 100 + index % 50
+@dataclass(frozen=True)
+class PrefixCost:
+    num_tokens: int
+    hashing_us: float
+    matching_us: float
+
+
+def measure_prefix(num_tokens: int) -> PrefixCost:
+    """A prompt that an earlier one has left in the cache: processor time, medians of 15."""
+    generator = random.Random(0)
+    token_ids = [generator.randrange(50_000) for _ in range(num_tokens)]
+    manager = BlockManager(2 * -(-num_tokens // BLOCK_SIZE), BLOCK_SIZE, enable_prefix_caching=True)
+    first = _request(0, token_ids)
+    manager.expect(first)
+    prefix = manager.find_prefix(first)
+    assert prefix is not None
+    assert manager.admit(first, prefix, num_tokens)
+    first.num_computed_tokens = num_tokens
+    manager.commit(first)
+    hashing, matching = [], []
+    for index in range(1, 16):
+        request = _request(index, token_ids)
+        start = time.thread_time()
+        manager.expect(request)
+        hashed_at = time.thread_time()
+        manager.find_prefix(request)
+        matching.append((time.thread_time() - hashed_at) * 1e6)
+        hashing.append((hashed_at - start) * 1e6)
+        manager.free(request)
+    return PrefixCost(num_tokens, statistics.median(hashing), statistics.median(matching))
+
+
+def _request(index: int, token_ids: list[int] | None = None) -> Request:
+    token_ids = [1] * (100 + index % 50) if token_ids is None else token_ids
+    num_prompt = len(token_ids)
     return Request(
         str(index),
-        [1] * num_prompt,
+        token_ids,
         PARAMS,
         max_num_tokens=num_prompt + MAX_TOKENS,
         arrival_time=1e-3 * index,
@@ -89,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--orders", default=",".join(ORDERS))
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--waiting", type=int, default=10_000)
+    parser.add_argument("--prefix-tokens", type=int, default=32_768, help="of the long prompt (default: %(default)s)")
     options = parser.parse_args(arguments)
     costs = []
     print(f"{'policy':<24}{'order':<15}{'memory':<8}{'waiting':>8}{'in step':>9}{'median us':>11}{'p99 us':>9}")
@@ -102,7 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{cost.median_us:>11.0f}{cost.p99_us:>9.0f}",
                     flush=True,
                 )
-    print(json.dumps({"costs": [asdict(cost) for cost in costs]}))
+    prefix = measure_prefix(options.prefix_tokens)
+    print(
+        f"prompt of {prefix.num_tokens} tokens: {prefix.hashing_us:.0f} us to hash, {prefix.matching_us:.0f} to match"
+    )
+    print(json.dumps({"costs": [asdict(cost) for cost in costs], "prefix": asdict(prefix)}))
 
 
 if __name__ == "__main__":

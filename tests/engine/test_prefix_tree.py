@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import random
-import statistics
-import time
 from typing import Any
 
 import pytest
@@ -82,8 +80,8 @@ def test_equal_blocks_after_different_parents_are_told_apart() -> None:
     assert tree.child(stranger, other.digests[1], other.contents[1]) is None
 
 
-def test_a_prompt_of_32k_tokens_is_hashed_and_matched_in_no_time() -> None:
-    """In processor time, as others may be at work; the median of several runs."""
+def test_a_prompt_of_32k_tokens_is_found_but_for_its_last_block() -> None:
+    """``benchmarks.scheduler_cost`` says in what time."""
     generator = random.Random(0)
     tokens = [generator.randrange(50_000) for _ in range(32_768)]
     manager = BlockManager(4096, 16, enable_prefix_caching=True)
@@ -94,18 +92,8 @@ def test_a_prompt_of_32k_tokens_is_hashed_and_matched_in_no_time() -> None:
     assert manager.admit(first, prefix, 32_768)
     first.num_computed_tokens = 32_768
     manager.commit(first)
-    hashing, matching = [], []
-    for index in range(15):
-        request = make_request(str(index), tokens)
-        start = time.thread_time()
-        manager.expect(request)
-        hashed_at = time.thread_time()
-        prefix = manager.find_prefix(request)
-        matching.append(time.thread_time() - hashed_at)
-        hashing.append(hashed_at - start)
-        assert prefix is not None
-        assert prefix.num_tokens == 32_752
-        manager.free(request)
-
-    assert statistics.median(hashing) < 4e-3
-    assert statistics.median(matching) < 1e-3
+    again = make_request("again", tokens)
+    manager.expect(again)
+    prefix = manager.find_prefix(again)
+    assert prefix is not None
+    assert prefix.num_tokens == 32_752
