@@ -112,7 +112,7 @@ def _shares(sequences: Sequences, tiling: AttentionTiling, sliding_window: int |
             parts, first_slot, num_slots = _chunked_parts(tile, workers, share, taken, tiling.max_slots)
             taken = first_slot + num_slots
         else:
-            parts, first_slot, num_slots = _equal_parts(tile, workers, share), 0, len(workers)
+            parts, num_slots = _equal_parts(tile, workers, share), len(workers)
             first_slot = 2 * workers[0] + (tile.start % share > 0)
         for worker, (queries, key, end_key, slot) in zip(workers, parts, strict=True):
             end = min(tile.stop, (worker + 1) * share)

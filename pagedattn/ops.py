@@ -391,7 +391,8 @@ def _attend(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
     if uses_triton(call.query):
         _attend_triton(call, out, lse)
         return
-    _attention_tiling(call, out)
+    if call.plan is not None:
+        _attention_tiling(call, out)  # refuses the plan of another batch; the reference needs none
     attention_reference.paged_attention(
         *call[:6], options=_options(call), out=out, lse=lse, batch_invariant=call.batch_invariant
     )

@@ -189,30 +189,29 @@ FAULTS_IN_LINEAR: dict[str, tuple[str, str]] = {
 }
 
 
+ATTENTION = {
+    "decode": (decode, hopper_decode, FAULTS_IN_DECODE),
+    "prefill": (prefill, hopper_prefill, FAULTS_IN_PREFILL),
+}
+
+
 def test_kernels_without_a_fault_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    for what, *_ in FAULTS_IN_DECODE.values():
-        decode(vars(hopper_decode), monkeypatch, what)
-    for what, *_ in FAULTS_IN_PREFILL.values():
-        prefill(vars(hopper_prefill), monkeypatch, what)
+    for run, module, faults in ATTENTION.values():
+        for what, *_ in faults.values():
+            run(vars(module), monkeypatch, what)
     multiply(vars(hopper_linear), monkeypatch)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("fault", FAULTS_IN_DECODE)
-def test_faults_in_decode(fault: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "fault"), [(kernel, fault) for kernel, (_, _, faults) in ATTENTION.items() for fault in faults]
+)
+def test_faults_in_attention(kernel: str, fault: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon_interpreter, "chance", random.Random(seed))
-    what, before, after = FAULTS_IN_DECODE[fault]
+    run, module, faults = ATTENTION[kernel]
+    what, before, after = faults[fault]
     with pytest.raises(RaceError):
-        decode(changed(hopper_decode, before, after), monkeypatch, what)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("fault", FAULTS_IN_PREFILL)
-def test_faults_in_prefill(fault: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon_interpreter, "chance", random.Random(seed))
-    what, before, after = FAULTS_IN_PREFILL[fault]
-    with pytest.raises(RaceError):
-        prefill(changed(hopper_prefill, before, after), monkeypatch, what)
+        run(changed(module, before, after), monkeypatch, what)
 
 
 @pytest.mark.parametrize("seed", range(3))
