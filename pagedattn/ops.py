@@ -41,7 +41,7 @@ from pagedattn.kernels import attention_reference, cache_reference, plan_referen
 from pagedattn.kernels.options import AttentionOptions
 from pagedattn.kernels.quantization import LARGEST
 from pagedattn.kernels.tiling import ITEM_FIELDS, AttentionTiling, choose_tiling
-from pagedattn.seen import SeenCalls
+from pagedattn.seen import Empty, SeenCalls
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHECK_VALUES = os.environ.get("PAGEDATTN_CHECK") == "1"
@@ -874,10 +874,8 @@ class _SeenAttention(NamedTuple):
 
     prepared: Any
     planner: _Planner
-    shape: torch.Size  # of the output
-    dtype: torch.dtype
-    resembles_query: bool  # then it is cheaper to allocate
-    return_lse: bool
+    result: Empty
+    lse: Empty | None  # where it is wanted
 
     def __call__(
         self, batch: tuple[Tensor, ...], plan: AttentionPlan | None, optional: tuple[Tensor | None, ...]
@@ -890,8 +888,8 @@ class _SeenAttention(NamedTuple):
         else:
             tensors, workspaces = (plan.items, plan.counts), plan.workspaces
         if out is None:
-            out = torch.empty_like(query) if self.resembles_query else query.new_empty(self.shape, dtype=self.dtype)
-        lse = query.new_empty(self.shape[:2], dtype=torch.float32) if self.return_lse else None
+            out = self.result()
+        lse = None if self.lse is None else self.lse()
         self.prepared(query, key_cache, value_cache, block_table, tensors, *features, out, lse, workspaces)
         return out if lse is None else (out, lse)
 
@@ -1052,9 +1050,8 @@ def paged_attention(
         raise
     if key is not None and uses_triton(query) and result.numel():
         prepared, planner = _prepare_attention(call, result, lse)
-        resembles_query = query.is_contiguous() and (result.shape, result.dtype) == (query.shape, query.dtype)
-        seen = _SeenAttention(prepared, planner, result.shape, result.dtype, resembles_query, return_lse)
-        _seen_attention.add(key, tensors, seen)
+        empty_lse = None if lse is None else Empty(lse)
+        _seen_attention.add(key, tensors, _SeenAttention(prepared, planner, Empty(result), empty_lse))
     return result if lse is None else (result, lse)
 
 

@@ -19,11 +19,33 @@ try:
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:  # not a public interface: without it calls take the dispatcher's way, which is right and slower
     TensorGuards = None  # type: ignore[assignment, misc]
+try:
+    from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
+except ImportError:
+    _empty_strided_cuda = None
 
 MAX_KEYS = 4096  # a decode loop makes a new one each time that a bound or a batch size changes
 CALLS_PER_KEY = 4  # of other strides, or other lengths of tables
 
 Prepared = TypeVar("Prepared")
+
+
+class Empty:
+    """Allocates contiguous tensors of a shape, dtype and device; on CUDA as compiled code does, past the dispatcher."""
+
+    __slots__ = ("_arguments", "_device", "_place")
+
+    def __init__(self, like: Tensor) -> None:
+        strides = torch.empty(like.shape, device="meta").stride()
+        self._arguments = (tuple(like.shape), strides, like.dtype)
+        self._place = like.device
+        self._device = like.device.index if like.is_cuda and _empty_strided_cuda is not None else None
+
+    def __call__(self) -> Tensor:
+        if self._device is not None and self._device == torch._C._cuda_getDevice():
+            return _empty_strided_cuda(*self._arguments)
+        shape, _, dtype = self._arguments
+        return torch.empty(shape, dtype=dtype, device=self._place)
 
 
 class SeenCalls(Generic[Prepared]):
