@@ -262,13 +262,15 @@ def store_partial(
 
 @gluon.jit
 def store_unseen(
-    maxima_ptr, item_ptr, begin, end, slot, first_chunk, head_tile, num_head_tiles, slot_rows, exists,
-    COLUMN: gl.constexpr,
+    partials_ptr, partial_lse_offset, item_ptr, begin, end, slot, first_chunk, head_tile, num_head_tiles, slot_rows,
+    exists, HEAD_DIM: gl.constexpr, PRODUCT: gl.constexpr,
 ):  # fmt: skip
-    """Say of an item's chunks outside of what its rows see, begin..end, that nothing is there. Returns how many chunks
+    """Store partials of nothing for an item's chunks outside of what its rows see, begin..end. Returns how many chunks
     the item has."""
-    column = gl.arange(0, exists.shape[0], COLUMN)
-    nothing = gl.full([exists.shape[0]], float("-inf"), gl.float32, COLUMN)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    nothing = gl.zeros([HEAD_DIM, exists.shape[0]], gl.float32, PRODUCT)
+    maximum = gl.full([exists.shape[0]], float("-inf"), gl.float32, COLUMN)
+    denominator = gl.zeros([exists.shape[0]], gl.float32, COLUMN)
     end_key = gl.load(item_ptr + 5)
     end_chunk = gl.where(gl.load(item_ptr + 4) < end_key, chunk_of(gl.maximum(end_key - 1, 0)) + 1, first_chunk)
     is_seen = begin < end
@@ -277,8 +279,10 @@ def store_unseen(
     chunk = first_chunk
     while chunk < end_chunk:
         if (chunk < first_seen) | (chunk > last_seen) | (not is_seen):
-            partial_row = ((slot + chunk - first_chunk) * num_head_tiles + head_tile) * slot_rows + column
-            gl.store(maxima_ptr + partial_row, nothing, mask=exists)
+            store_partial(
+                partials_ptr, partial_lse_offset, nothing, maximum, denominator, slot + chunk - first_chunk, head_tile,
+                num_head_tiles, slot_rows, exists, HEAD_DIM, PRODUCT,
+            )  # fmt: skip
         chunk += 1
     return end_chunk - first_chunk
 
@@ -290,7 +294,7 @@ def fold_partials(
 ):  # fmt: skip
     """As ``merge_partials``, one slot after the other, by the operations with which ``consume`` folds chunks.
 
-    SLOTS at a time do not wait for each other's loads. A slot of keys that no row sees has its maxima alone.
+    SLOTS at a time do not wait for each other's loads.
     """
     RESULT: gl.constexpr = gl.SliceLayout(0, LAYOUT)  # [ROWS, D]
     ROW: gl.constexpr = gl.SliceLayout(1, RESULT)
@@ -314,9 +318,6 @@ def fold_partials(
             weight = gl.load(denominators_ptr + partial_row, mask=mask, other=0.0, cache_modifier=".cg")
             partial_ptrs = partials_ptr + partial_row[:, None] * HEAD_DIM + dim[None, :]
             partial = gl.load(partial_ptrs, mask=mask[:, None], other=0.0, cache_modifier=".cg")
-            is_empty = next_maximum == float("-inf")
-            weight = gl.where(is_empty, 0.0, weight)
-            partial = gl.where(is_empty[:, None], 0.0, partial)
             maximum, correction, factor = fold_factors(maximum, next_maximum)
             denominator = gl.fma(denominator, correction, weight * factor)
             result = gl.fma(result, correction[:, None], partial * factor[:, None])
@@ -761,8 +762,8 @@ def consume(
                     )  # fmt: skip
                 else:
                     arrived = store_unseen(
-                        partials_ptr + partial_lse_offset, item_ptr, begin, end, slot, first_chunk, head_tile,
-                        num_head_tiles, slot_rows, column_exists, COLUMN,
+                        partials_ptr, partial_lse_offset, item_ptr, begin, end, slot, first_chunk, head_tile,
+                        num_head_tiles, slot_rows, column_exists, HEAD_DIM, PRODUCT,
                     )  # fmt: skip
             else:
                 partial_row = (slot * num_head_tiles + head_tile) * slot_rows + column

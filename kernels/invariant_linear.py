@@ -35,6 +35,23 @@ def load_weights(weight_ptr, output, exists, start, SIZE: tl.constexpr, BLOCK_K:
     return tl.load(weight_ptr + output.to(tl.int64)[None, :] * SIZE + column[:, None], mask=mask, other=0.0)
 
 
+@triton.jit
+def add_product(values, weights, total, error):
+    """total + values x weights, and the error of that sum, given the one of total.
+
+    An fp32 dot adds its products up one after the other. So each block of columns is summed up by itself, and what is
+    lost where that joins the total is kept and given back (Kahan, 1965). Tensor cores sum in a wider format.
+    """
+    if values.dtype == tl.float32:
+        addend = tl.dot(values, weights, input_precision="ieee") - error
+        new_total = total + addend
+        error = (new_total - total) - addend
+        total = new_total
+    else:
+        total = tl.dot(values, weights, total)
+    return total, error
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def invariant_linear_kernel(
     out_ptr,
@@ -61,16 +78,16 @@ def invariant_linear_kernel(
     is_row, exists = row < num_rows, output < num_outputs
     row_ptrs = values_ptr + row.to(tl.int64)[:, None] * stride_values
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    through = result
+    result_error, through, through_error = result, result, result
     wait_for_previous(OVERLAP)
     for start in tl.range(0, SIZE, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         values = tl.load(row_ptrs + column[None, :], mask=is_row[:, None] & (column < SIZE)[None, :], other=0.0)
         weights = load_weights(weight_ptr, output, exists, start, SIZE, BLOCK_K)
-        result = tl.dot(values, weights, result, input_precision="ieee")
+        result, result_error = add_product(values, weights, result, result_error)
         if GATED:
             others = load_weights(weight_ptr, num_outputs + output, exists, start, SIZE, BLOCK_K)
-            through = tl.dot(values, others, through, input_precision="ieee")
+            through, through_error = add_product(values, others, through, through_error)
     if HAS_BIAS:
         result += tl.load(bias_ptr + output, mask=exists, other=0.0).to(tl.float32)[None, :]
     if GATED:

@@ -51,6 +51,7 @@ SUBSET = (
     "tests/kernels/test_layers.py::test_gated_activation",
     "tests/kernels/test_layers.py::test_norm_and_product",
     "tests/kernels/test_layers.py::test_product_added_to_the_residual",
+    "tests/kernels/test_invariant_linear.py::test_neither_other_rows_nor_the_place_among_them_show",
     "tests/kernels/test_sampling.py::test_tokens_equal_the_references",
     "tests/kernels/test_batch_state.py::test_words_are_updated",
     "tests/kernels/test_batch_state.py::test_rows_are_moved_whole",
