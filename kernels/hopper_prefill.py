@@ -5,7 +5,7 @@ multiprocessors. Each takes *units* (an item of the plan for one head tile) off 
 longest first, and has four partitions:
 
 - the scheduler, one warp, takes the units, tells the others about them through shared memory, and brings the query rows
-  while the unit before ends;
+  while the unit before is computed;
 - the producer, one warp, reads the block table 32 pages at a time, ahead of need, and asks the copy engine (TMA) for
   each page of keys and of values; it runs ahead over the ends of units. Pages past the end of the keys lie outside of
   the tensor that the copy engine knows, which gives zeros; the rest of the last one it clears itself (0 * NaN is NaN);
@@ -23,6 +23,8 @@ Warp specialization and the order of products: FlashAttention-3 (Shah et al., 20
 """
 
 from __future__ import annotations
+
+import math
 
 import triton.experimental.gluon.language as gl
 from torch import Tensor
@@ -55,6 +57,7 @@ from pagedattn.kernels.tiling import ITEM_FIELDS, AttentionTiling, HopperPrefill
 # Names of Triton 3.6 that later versions have changed.
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 OUTSIDE = gl.constexpr(-(1 << 30))  # a row that no cache has
+VECTOR = 8  # elements of a result that a thread stores at a time: 16 bytes
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
@@ -96,10 +99,11 @@ def schedule(
     stride_query_token, stride_query_head, units, units_full, units_empty, queries, queries_full, queries_empty,
     GROUP: gl.constexpr, HEADS: gl.constexpr, CAUSAL: gl.constexpr, HAS_CHUNK: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
-    """Take units off the list, tell the other partitions, and bring the query rows while the unit before ends.
+    """Take units off the list, tell the other partitions, and bring the query rows while the unit before is computed.
 
     Rows that a tile does not have are copies of others.
     """
+    TILES: gl.constexpr = queries.shape[0] // 2
     ROWS: gl.constexpr = queries.shape[1]
     HEAD_DIM: gl.constexpr = queries.shape[2]
     # Two lanes fetch 32 bytes of a row, the least that memory gives; few rows in a thread are few divisions.
@@ -131,15 +135,19 @@ def schedule(
         mbarrier.arrive(units_full.index(turn % UNITS), count=1)
 
         first_head, num_heads_here = heads_of(head_tile, GROUP, HEADS)
-        mbarrier.wait(queries_empty, turn % 2 ^ 1)
+        place = turn % TILES
+        if TILES == 1:
+            mbarrier.wait(queries_empty.index(0), turn % 2 ^ 1)
         for half in gl.static_range(2):
             number = half * ROWS + row
             token = (first_row + gl.minimum(number // HEADS, num_queries - 1)).to(gl.int64)
             head = (first_head + gl.minimum(number % HEADS, num_heads_here - 1)).to(gl.int64)
             offset = token * stride_query_token + head * stride_query_head
-            copy(queries.index(half), query_ptr + offset[:, None] + dim[None, :])
-        async_copy.mbarrier_arrive(queries_full, increment_count=False)
+            copy(queries.index(2 * place + half), query_ptr + offset[:, None] + dim[None, :])
+        async_copy.mbarrier_arrive(queries_full.index(place), increment_count=False)
         turn += 1
+        if TILES > 1:  # no unit is taken before there is room for its queries: others may begin it sooner
+            mbarrier.wait(queries_empty.index(turn % TILES), turn // TILES % 2 ^ 1)
         taken = gl.atomic_add(counts_ptr + 3, 1, sem="relaxed")
         if taken == num_units - 1:  # each unit that is done takes one number, so this is the last
             gl.store(counts_ptr + 3, 0)  # as the next layer expects it
@@ -319,13 +327,14 @@ def consume(
     queries_full, keys_full, values_full, queries_empty, keys_empty, values_empty,
     HALF: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, QUERIES_PER_TILE: gl.constexpr, PAGE: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    HAS_ALIBI: gl.constexpr, HAS_SINKS: gl.constexpr, RETURN_LSE: gl.constexpr,
+    HAS_ALIBI: gl.constexpr, HAS_SINKS: gl.constexpr, RETURN_LSE: gl.constexpr, OUT_MULTIPLE: gl.constexpr,
 ):  # fmt: skip
     """Attention of one half of the rows of a worker's units over the tiles in the rings."""
     STAGES: gl.constexpr = keys.shape[0]
     BLOCK_N: gl.constexpr = keys.shape[1]
     HEAD_DIM: gl.constexpr = keys.shape[2]
-    ROWS: gl.constexpr = queries.shape[0]
+    QUERY_TILES: gl.constexpr = queries.shape[0] // 2
+    ROWS: gl.constexpr = queries.shape[1]
     DTYPE: gl.constexpr = queries.dtype
     HAS_LOWER: gl.constexpr = HAS_WINDOW or HAS_CHUNK
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -343,11 +352,15 @@ def consume(
     turn = 0
     mbarrier.wait(units_full.index(0), 0)
     while told(units, turn, QUERIES) > 0:
-        mbarrier.wait(queries_full, turn % 2)
+        query_tile = turn % QUERY_TILES
+        query_rows = queries.index(2 * query_tile + HALF)
+        mbarrier.wait(queries_full.index(query_tile), turn // QUERY_TILES % 2)
         fence_async_shared()
         mbarrier.wait(keys_full.index(stage), phase)
         logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
-        logits_token = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), logits, use_acc=False, is_async=True)
+        logits_token = warpgroup_mma(
+            query_rows, keys.index(stage).permute((1, 0)), logits, use_acc=False, is_async=True
+        )
         num_queries = told(units, turn, QUERIES)
         first_position = told(units, turn, POSITION)
         begin = told(units, turn, BEGIN)
@@ -394,7 +407,7 @@ def consume(
         logits = warpgroup_mma_wait(0, deps=[logits_token])
         mbarrier.arrive(keys_empty.index(stage), count=1)
         if num_tiles == 1:
-            mbarrier.arrive(queries_empty, count=1)
+            mbarrier.arrive(queries_empty.index(query_tile), count=1)
         probabilities, maximum, denominator, correction = softmax_tile(
             logits, maximum, denominator, start, whole_begin, whole_end, lower, upper, query_position, slope_log2,
             logit_scale, softcap_log2, HAS_LOWER, HAS_SOFTCAP, HAS_ALIBI,
@@ -413,14 +426,14 @@ def consume(
             mbarrier.wait(keys_full.index(stage), phase)
             logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
             logits_token = warpgroup_mma(
-                queries, keys.index(stage).permute((1, 0)), logits, use_acc=False, is_async=True
+                query_rows, keys.index(stage).permute((1, 0)), logits, use_acc=False, is_async=True
             )
             mbarrier.wait(values_full.index(last_stage), last_phase)
             result_token = warpgroup_mma(operand, values.index(last_stage), result, is_async=True)
             logits = warpgroup_mma_wait(1, deps=[logits_token])
             mbarrier.arrive(keys_empty.index(stage), count=1)
             if tile == num_tiles:
-                mbarrier.arrive(queries_empty, count=1)
+                mbarrier.arrive(queries_empty.index(query_tile), count=1)
             probabilities, maximum, denominator, correction = softmax_tile(
                 logits, maximum, denominator, start, whole_begin, whole_end, lower, upper, query_position, slope_log2,
                 logit_scale, softcap_log2, HAS_LOWER, HAS_SOFTCAP, HAS_ALIBI,
@@ -480,7 +493,10 @@ def consume(
             result *= gl.convert_layout(weight, RESULT_ROW)[:, None]
             row_token = (first_row + row_query).to(gl.int64)
             row_head = first_head + row % HEADS
-            out_offset = row_token * here(stride_out_token) + row_head.to(gl.int64) * here(stride_out_head)
+            # What strides are multiples of has to be seen here, or elements are stored one by one.
+            token_stride = here(stride_out_token // OUT_MULTIPLE) * OUT_MULTIPLE
+            head_stride = here(stride_out_head // OUT_MULTIPLE) * OUT_MULTIPLE
+            out_offset = row_token * token_stride + row_head.to(gl.int64) * head_stride
             out_ptrs = out_ptr + gl.convert_layout(out_offset, STORE_ROW)[:, None] + store_dim[None, :]
             stored = gl.convert_layout(result.to(DTYPE), STORE)
             gl.store(out_ptrs, stored, mask=gl.convert_layout(exists, STORE_ROW)[:, None])
@@ -622,6 +638,7 @@ def hopper_prefill_kernel(
     PAGE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    QUERY_TILES: gl.constexpr,
     SAME_ROWS: gl.constexpr,
     CAUSAL: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
@@ -630,6 +647,7 @@ def hopper_prefill_kernel(
     HAS_ALIBI: gl.constexpr,
     HAS_SINKS: gl.constexpr,
     RETURN_LSE: gl.constexpr,
+    OUT_MULTIPLE: gl.constexpr,
     FIELDS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = key_descriptor.dtype
@@ -640,7 +658,7 @@ def hopper_prefill_kernel(
     OTHER_REGISTERS: gl.constexpr = 72 if HEAD_DIM == 256 else 56
     num_head_tiles = num_kv_heads * TILES_PER_KV_HEAD
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    queries = gl.allocate_shared_memory(DTYPE, [2, HALF_ROWS, HEAD_DIM], swizzled)
+    queries = gl.allocate_shared_memory(DTYPE, [2 * QUERY_TILES, HALF_ROWS, HEAD_DIM], swizzled)
     keys = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], key_descriptor.layout)
     values = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], value_descriptor.layout)
     ordered: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -650,8 +668,8 @@ def hopper_prefill_kernel(
     for number in gl.static_range(UNITS):
         mbarrier.init(units_full.index(number), count=1)
         mbarrier.init(units_empty.index(number), count=3)
-    queries_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    queries_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    queries_full = gl.allocate_shared_memory(gl.int64, [QUERY_TILES, 1], mbarrier.MBarrierLayout())
+    queries_empty = gl.allocate_shared_memory(gl.int64, [QUERY_TILES, 1], mbarrier.MBarrierLayout())
     keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     keys_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -662,8 +680,9 @@ def hopper_prefill_kernel(
         mbarrier.init(values_full.index(stage), count=1)
         mbarrier.init(keys_empty.index(stage), count=2)
         mbarrier.init(values_empty.index(stage), count=2)
-    mbarrier.init(queries_full, count=LANES)
-    mbarrier.init(queries_empty, count=2)
+    for tile in gl.static_range(QUERY_TILES):
+        mbarrier.init(queries_full.index(tile), count=LANES)
+        mbarrier.init(queries_empty.index(tile), count=2)
     mbarrier.init(values_landed, count=1)
     wait_for_launches_before()
     gl.warp_specialize(
@@ -674,10 +693,10 @@ def hopper_prefill_kernel(
                     out_ptr, lse_ptr, partials_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
                     partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens,
                     num_workers, num_kv_heads * GROUP, num_head_tiles, slot_rows, stride_out_token, stride_out_head,
-                    units, units_full, units_empty, queries.index(0), keys, values,
+                    units, units_full, units_empty, queries, keys, values,
                     queries_full, keys_full, values_full, queries_empty, keys_empty, values_empty,
                     0, GROUP, HEADS, QUERIES_PER_TILE, PAGE, CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI,
-                    HAS_SINKS, RETURN_LSE,
+                    HAS_SINKS, RETURN_LSE, OUT_MULTIPLE,
                 ),
             ),
             (
@@ -686,10 +705,10 @@ def hopper_prefill_kernel(
                     out_ptr, lse_ptr, partials_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
                     partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens,
                     num_workers, num_kv_heads * GROUP, num_head_tiles, slot_rows, stride_out_token, stride_out_head,
-                    units, units_full, units_empty, queries.index(1), keys, values,
+                    units, units_full, units_empty, queries, keys, values,
                     queries_full, keys_full, values_full, queries_empty, keys_empty, values_empty,
                     1, GROUP, HEADS, QUERIES_PER_TILE, PAGE, CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, HAS_ALIBI,
-                    HAS_SINKS, RETURN_LSE,
+                    HAS_SINKS, RETURN_LSE, OUT_MULTIPLE,
                 ),
             ),
             (
@@ -748,11 +767,11 @@ class PreparedHopperPrefill:
         )  # fmt: skip
         constants = (
             num_heads // num_kv_heads, tiling.heads_per_tile, head_size, tiling.rows, tiling.queries_per_tile,
-            key_cache.shape[1], hopper.page, hopper.block_n, hopper.stages,
+            key_cache.shape[1], hopper.page, hopper.block_n, hopper.stages, hopper.query_tiles,
             key_rows.block_rows == value_rows.block_rows,
             options.causal, options.sliding_window is not None, options.attention_chunk is not None,
             options.softcap is not None, options.alibi_slopes is not None, options.sinks is not None, lse is not None,
-            ITEM_FIELDS,
+            math.gcd(VECTOR, *out.stride()[:2]), ITEM_FIELDS,
         )  # fmt: skip
         self._launch = launch_hopper_prefill.prepare(
             (query.dtype, specialized((num_kv_heads, *strides)), constants),

@@ -360,6 +360,7 @@ class HopperPrefillLaunch:
     page: int  # slots that the copy engine fetches at a time
     block_n: int
     stages: int
+    query_tiles: int  # kept at a time: with two, a tile's queries come while the tile before is computed
     workers: int
     key_rows: CacheRows
     value_rows: CacheRows
@@ -383,11 +384,13 @@ def choose_hopper_prefill(
     if key_rows is None or value_rows is None:
         return None
     block_n = 64 if head_size == 256 else 128
-    available = HOPPER_SHARED_MEMORY - tiling.rows * head_size * 2 - 4096
+    query_tiles = 1 if head_size == 256 else 2
+    available = HOPPER_SHARED_MEMORY - query_tiles * tiling.rows * head_size * 2 - 4096
     return HopperPrefillLaunch(
         page=min(page, block_n),
         block_n=block_n,
         stages=min(4, available // (2 * block_n * head_size * 2)),
+        query_tiles=query_tiles,
         workers=multiprocessors,
         key_rows=key_rows,
         value_rows=value_rows,

@@ -1,12 +1,12 @@
 """Run kernel tests under compute-sanitizer, and show that each of its tools catches a planted fault.
 
-    python -m tests.sanitizer [memcheck] [racecheck] [initcheck] [--processes N] [--every N] [--logs DIR]
+    python -m tests.sanitizer [memcheck] [racecheck] [initcheck] [--processes N] [--every N] [--only TEXT] [--logs DIR]
 
 Without names: all three. A subset of the kernel tests that launches every kernel in each of its forms. torch's
 allocator hands out slices of large blocks, which hides accesses out of bounds, so its caching is turned off. Cases are
 small, and are compared with results of a CPU: a sanitizer slows every access. The tests are dealt out to processes,
-each under a sanitizer of its own. ``--every 3`` takes every third case of each test. What the processes say is in
-``--logs``.
+each under a sanitizer of its own. ``--every 3`` takes every third case of each test, ``--only`` those whose id has a
+text. What the processes say is in ``--logs``.
 
 racecheck credits an arrival at an mbarrier to the arriving thread alone, not to those that a barrier ordered before it,
 as Gluon's partitions do it. So it reports even the correct handover of ``tests.planted_fault``, and kernels with such
@@ -62,35 +62,41 @@ SUBSET = (
 PYTEST = ("pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short")
 
 
-def run(tool: str, module: Sequence[str], log: Path) -> int:
-    """The exit code of a module's run under a tool: ``CAUGHT`` where that found something."""
-    excluded = [option for kernel in EXCLUDED.get(tool, ()) for option in ("--kernel-name-exclude", f"kns={kernel}")]
-    options = ("--tool", tool, "--error-exitcode", str(CAUGHT), *excluded)
-    command = ("compute-sanitizer", *options, sys.executable, "-m", *module)
-    environment = {
+def environment() -> dict[str, str]:
+    """Of the tests: under it cases are small."""
+    return {
         **os.environ,
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "PAGEDATTN_SANITIZED": "1",
         "PAGEDATTN_DRAWS": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def run(tool: str, module: Sequence[str], log: Path) -> int:
+    """The exit code of a module's run under a tool: ``CAUGHT`` where that found something."""
+    excluded = [option for kernel in EXCLUDED.get(tool, ()) for option in ("--kernel-name-exclude", f"kns={kernel}")]
+    options = ("--tool", tool, "--error-exitcode", str(CAUGHT), *excluded)
+    command = ("compute-sanitizer", *options, sys.executable, "-m", *module)
     with log.open("wb") as file:
-        code = subprocess.run(command, env=environment, check=False, stdout=file, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, env=environment(), check=False, stdout=file, stderr=subprocess.STDOUT).returncode
     print(f"{log}: exit {code}", flush=True)
     return code
 
 
-def collect(every: int) -> list[str]:
+def collect(every: int, only: str = "") -> list[str]:
     """The subset's tests, every so many cases of each. Raises CalledProcessError when there are none."""
     command = (sys.executable, "-m", *PYTEST, "-q", "--collect-only", *SUBSET)
-    listed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    cases = (line for line in listed.splitlines() if "::" in line)
+    listed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment()).stdout
+    cases = (line for line in listed.splitlines() if "::" in line and only in line)
     return [case for _, test in groupby(cases, lambda case: case.partition("[")[0]) for case in list(test)[::every]]
 
 
-def main(tools: Sequence[str], num_processes: int, every: int, logs: Path) -> int:
-    tests = collect(every)
-    num_parts = max(1, num_processes // len(tools))
+def main(tools: Sequence[str], num_processes: int, every: int, only: str, logs: Path) -> int:
+    tests = collect(every, only)
+    if not tests:
+        raise ValueError(f"only: got {only!r}; must be in the id of a test")
+    num_parts = min(len(tests), max(1, num_processes // len(tools)))
     parts = [(*PYTEST, "-v", *tests[first::num_parts]) for first in range(num_parts)]
     logs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(num_processes) as pool:
@@ -127,9 +133,10 @@ if __name__ == "__main__":
     parser.add_argument("tools", nargs="*", metavar="tool", help=f"of {', '.join(FAULTS)}; all when none is named")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time, of all tools together")
     parser.add_argument("--every", type=int, default=1, help="take every so many cases of each test")
+    parser.add_argument("--only", default="", metavar="TEXT", help="take the tests whose id has this in it")
     parser.add_argument("--logs", type=Path, help="where the processes' output goes (default: a temporary directory)")
     arguments = parser.parse_args()
     if unknown := set(arguments.tools) - set(FAULTS):
         parser.error(f"unknown tool {', '.join(sorted(unknown))}")
     logs = arguments.logs or Path(tempfile.mkdtemp(prefix="sanitizer-"))
-    raise SystemExit(main(arguments.tools or list(FAULTS), arguments.processes, arguments.every, logs))
+    raise SystemExit(main(arguments.tools or list(FAULTS), arguments.processes, arguments.every, arguments.only, logs))

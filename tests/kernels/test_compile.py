@@ -328,8 +328,10 @@ def test_hopper_prefill_compiles(variant: Variant, tmp_path: Path) -> None:
         "PAGE": launch.page,
         "BLOCK_N": launch.block_n,
         "STAGES": launch.stages,
+        "QUERY_TILES": launch.query_tiles,
         "SAME_ROWS": True,
         "CAUSAL": variant.mask == "causal",
+        "OUT_MULTIPLE": hopper_prefill.VECTOR,
         "FIELDS": ITEM_FIELDS,
     }
     layout = hopper_decode.swizzled_layout(head_size * 2, 16)
@@ -339,6 +341,9 @@ def test_hopper_prefill_compiles(variant: Variant, tmp_path: Path) -> None:
     pointers |= {"key_descriptor": descriptor, "value_descriptor": descriptor}
     compiled = compile_gluon(kernel, pointers, constants)
     assert compiled.metadata.shared <= SHARED_MEMORY[90]
+    stores = set(re.findall(r"st\.global\.\S*(?:b16|b32|b64)\b", compiled.asm["ptx"]))
+    assert "st.global.v4.b32" in stores, stores
+    assert not any(store.endswith("b16") for store in stores), stores  # results leave 16 bytes at a time
     # Parameters may wait in memory for the end of a unit; what the loop over keys needs would be more than this.
     assert stack_bytes(compiled, tmp_path / "kernel.cubin") <= (64 if head_size <= 128 else 192)
 

@@ -148,9 +148,13 @@ FAULTS_IN_DECODE: dict[str, tuple[dict[str, Any], str, str]] = {
     "int8 keys made without a fence": (INT8, "fence_async_shared()\n                accumulator", "accumulator"),
 }  # fmt: skip
 FAULTS_IN_PREFILL: dict[str, tuple[dict[str, Any], str, str]] = {
-    "queries read before they are full": ({}, "mbarrier.wait(queries_full, turn % 2)", "pass"),
+    "queries read before they are full": (
+        {}, "mbarrier.wait(queries_full.index(query_tile), turn // QUERY_TILES % 2)", "pass",
+    ),
     "queries read without a fence": ({}, "fence_async_shared()\n        mbarrier.wait", "mbarrier.wait"),
-    "queries written before they are empty": ({}, "mbarrier.wait(queries_empty, turn % 2 ^ 1)", "pass"),
+    "queries written before they are empty": (
+        {}, "mbarrier.wait(queries_empty.index(turn % TILES), turn // TILES % 2 ^ 1)", "pass",
+    ),
     "keys read before they are full": (
         {}, "mbarrier.wait(keys_full.index(stage), phase)\n            logits = g", "logits = g",
     ),
