@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pagedattn._version import __version__
-from pagedattn.engine.cli_options import load_named_model, make_llm, status
+from pagedattn.engine.cli_options import ENGINE_OPTIONS, LOAD_OPTIONS, load_named_model, make_llm, status
 from pagedattn.engine.commands import chat_prompt
 from pagedattn.engine.live_view import make_view
 from pagedattn.engine.policy import resolve_policy
@@ -113,9 +113,11 @@ def as_document(
     arguments: argparse.Namespace, device: str, runs: Sequence[Replay], summaries: Sequence[Summary]
 ) -> dict[str, object]:
     """The results as plain data: how it was run, the figures, and every request's times in seconds."""
+    options = {name: getattr(arguments, name, None) for name in LOAD_OPTIONS + ENGINE_OPTIONS}
     return {
         "pagedattn": __version__,
         "model": arguments.model,
+        "options": {name: value for name, value in options.items() if value is not None},
         "device": device,
         "num_requests": arguments.num_requests,
         "rate": arguments.rate,

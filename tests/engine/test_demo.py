@@ -176,5 +176,10 @@ def test_command_compares_policies_and_writes_its_files(tmp_path: Path, capsys: 
     assert default["num_steps"] < static["num_steps"]
     assert default["padding_share"] == 0 < static["padding_share"]
 
-    assert cli.main([*arguments, "--json", "--policies", "default", "--output-dir", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out)["policies"][0]["policy"] == "default"
+    assert results["options"] == {"device": "cpu", "max_num_seqs": 3, "num_blocks": 256}
+
+    arguments += ["--json", "--policies", "default", "--batch-invariant"]
+    assert cli.main([*arguments, "--output-dir", str(tmp_path)]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["policies"][0]["policy"] == "default"
+    assert results["options"]["batch_invariant"]
