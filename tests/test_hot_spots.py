@@ -32,8 +32,8 @@ def test_memory_instructions_are_counted_and_the_hottest_are_shown(
     assert lines[0] == "some_kernel: 4 instructions, 30 samples"
     assert lines[2].split() == ["STG.E.U16", "2", "128"]
     assert lines[3].split() == ["STG.E.128", "1", "2"]
-    assert lines[5].split() == "0 7 64 @!P1 STG.E.U16 [R2], R4; long_sb 6, wait 1".split()
-    assert lines[6].split() == "1 20 32 FADD R1, R2, R3; wait 20".split()
+    assert " ".join(lines[5].split()) == "0 7 64 @!P1 STG.E.U16 [R2], R4; long_sb 6, wait 1"
+    assert " ".join(lines[6].split()) == "1 20 32 FADD R1, R2, R3; wait 20"
     assert lines[7] == "another: 1 instructions, 1 samples"
 
 
