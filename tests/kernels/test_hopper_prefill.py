@@ -128,6 +128,7 @@ def test_drawn_on_a_cpu(number: int) -> None:
         ([300, 0], [700, 33], 0, {"causal": False}),  # queries before the sequence, keys that none of them may see
         ([1500, 700, 900], [140, 1, 1], 0, {}),  # rings filled several times; decodes beside a chunk
         ([3000], [130], 0, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}),  # split
+        ([300, 200], [140, 70], 0, {"head_size": 256}),  # one tile of queries at a time
     ],
 )
 def test_edges_on_a_cpu(seq_lens: list[int], query_lens: list[int], padding_rows: int, options: dict[str, Any]) -> None:
@@ -136,12 +137,11 @@ def test_edges_on_a_cpu(seq_lens: list[int], query_lens: list[int], padding_rows
         dtype=torch.bfloat16,
         num_heads=4,
         num_kv_heads=2,
-        head_size=64,
         block_size=128,  # so that the producer is ahead
         seq_lens=seq_lens,
         query_lens=query_lens,
         padding_rows=padding_rows,
-        **options,
+        **{"head_size": 64, **options},
     )
     assert_within_budget(case, *attend_interpreted(case, workers=7))
 
