@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pagedattn.kernels.quantization import LARGEST
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CACHE_DTYPES = (*FLOAT_DTYPES, *LARGEST)
+LARGEST_INT = 2**63 - 1  # that the dispatcher takes
 
 
 def fail(name: str, given: object, required: str) -> NoReturn:
@@ -27,6 +31,8 @@ def describe(given: object) -> str:
 def require_tensor(name: str, given: object, optional: bool = False) -> None:
     if not isinstance(given, Tensor) and not (optional and given is None):
         raise TypeError(f"{name}: got {type(given).__name__}; must be a torch.Tensor{' or None' if optional else ''}")
+    if isinstance(given, Tensor) and given.layout != torch.strided:
+        raise ValueError(f"{name}: got layout {given.layout}; must be strided")
 
 
 def require_int(name: str, given: object, minimum: int = 0, optional: bool = False) -> None:
@@ -36,6 +42,8 @@ def require_int(name: str, given: object, minimum: int = 0, optional: bool = Fal
         raise TypeError(f"{name}: got {type(given).__name__}; must be an int{' or None' if optional else ''}")
     if given < minimum:
         raise ValueError(f"{name}: got {given}; must be >= {minimum}")
+    if isinstance(given, int) and given > LARGEST_INT:
+        raise ValueError(f"{name}: got {given}; must be <= {LARGEST_INT}")
 
 
 def require_number(name: str, given: object, positive: bool = False) -> None:
@@ -43,6 +51,8 @@ def require_number(name: str, given: object, positive: bool = False) -> None:
         return
     if isinstance(given, bool) or not isinstance(given, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: got {type(given).__name__}; must be a float or None")
+    if isinstance(given, int) and abs(given) > sys.float_info.max:
+        raise ValueError(f"{name}: got an int beyond floats; must be finite")
     if given != given or given in (float("inf"), float("-inf")) or (positive and given <= 0):
         raise ValueError(f"{name}: got {given}; must be {'positive and ' if positive else ''}finite")
 
@@ -52,16 +62,38 @@ def require_bool(name: str, given: object) -> None:
         raise TypeError(f"{name}: got {type(given).__name__}; must be a bool")
 
 
-def require_no_grad(**tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(f"{name}: requires grad; must not, for the ops have no backward (use torch.no_grad())")
+def require_no_grad(name: str, given: Any) -> None:
+    """No op has a backward or a forward-mode derivative."""
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        return
+    if torch.is_grad_enabled() and given.requires_grad:
+        raise ValueError(f"{name}: requires grad; must not, for the ops have no backward (use torch.no_grad())")
+    if forward_ad.unpack_dual(given).tangent is not None:
+        raise ValueError(f"{name}: has a tangent; must not, for the ops have no forward-mode derivative")
 
 
 def check_dense(name: str, given: Tensor) -> None:
     if given.dim() and given.stride()[-1] != 1 and given.shape[-1] > 1:
         fail(name, given.stride(), "contiguous in its last dimension")
+
+
+def check_written(name: str, given: Tensor) -> None:
+    """What an op writes must not be expanded: one place would stand for several elements."""
+    places = zip(given.shape, given.stride(), strict=True)
+    if any(stride == 0 and size > 1 for size, stride in places):
+        fail(name, given.stride(), "of elements that do not share memory, for it is written")
+
+
+def check_lengths(seq_lens: Tensor, query_start_loc: Tensor, max_query_len: int, max_seq_len: int) -> list[int]:
+    """Values: this one synchronizes. Returns query_start_loc."""
+    lengths, starts = seq_lens.tolist(), query_start_loc.tolist()
+    if not all(0 <= length <= max_seq_len for length in lengths):
+        fail("seq_lens", lengths, f"within 0..max_seq_len={max_seq_len}")
+    if starts[0] != 0:
+        fail("query_start_loc", starts, "from 0 on")
+    if not all(0 <= end - begin <= max_query_len for begin, end in itertools.pairwise(starts)):
+        fail("query_start_loc", starts, f"rising by 0..max_query_len={max_query_len}")
+    return list(starts)
 
 
 def check_index(

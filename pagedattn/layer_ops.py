@@ -20,7 +20,6 @@ from pagedattn.checks import (
     check_rows,
     fail,
     require_bool,
-    require_no_grad,
     require_tensor,
 )
 from pagedattn.kernels import invariant_linear_reference, layers_reference, sampling_reference
@@ -53,7 +52,6 @@ def _check_weight(name: str, weight: Tensor, like: Tensor) -> None:
 def _check_norm(values: Tensor, weight: Tensor, eps: float) -> None:
     _check_matrix("values", values)
     _check_weight("weight", weight, values)
-    require_no_grad(values=values, weight=weight)
 
 
 def _check_add_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
@@ -63,7 +61,6 @@ def _check_add_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
         fail("hidden", hidden, f"{residual.dtype} {list(residual.shape)} on {residual.device} like residual")
     check_dense("hidden", hidden)
     _check_weight("weight", weight, residual)
-    require_no_grad(hidden=hidden, residual=residual, weight=weight)
 
 
 def _check_query_key_norm(query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float) -> None:
@@ -73,14 +70,12 @@ def _check_query_key_norm(query: Tensor, key: Tensor, query_weight: Tensor, key_
         fail("key", key, f"of head size {query.shape[2]} like query")
     _check_weight("query_weight", query_weight, query)
     _check_weight("key_weight", key_weight, key)
-    require_no_grad(query=query, key=key, query_weight=query_weight, key_weight=key_weight)
 
 
 def _check_silu_and_mul(gate_up: Tensor) -> None:
     _check_matrix("gate_up", gate_up)
     if gate_up.shape[1] % 2:
         fail("gate_up", gate_up, "of an even number of columns")
-    require_no_grad(gate_up=gate_up)
 
 
 def _check_linear(name: str, values: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -93,7 +88,6 @@ def _check_linear(name: str, values: Tensor, weight: Tensor, bias: Tensor | None
         if not fits:
             fail("bias", bias, f"{values.dtype} [{weight.shape[0]}] on {values.device} like weight")
         check_dense("bias", bias)
-    require_no_grad(values=values, weight=weight, bias=bias)
 
 
 def _check_norm_linear(
@@ -103,7 +97,6 @@ def _check_norm_linear(
     _check_weight("norm_weight", norm_weight, values)
     if gated and (weight.shape[0] % 2 or bias is not None):
         fail("gated", gated, "False for a weight of an odd number of rows, or with a bias")
-    require_no_grad(norm_weight=norm_weight)
 
 
 def _check_add_linear(
@@ -114,7 +107,6 @@ def _check_add_linear(
     fits = residual.shape[0] == values.shape[0] and residual.dtype == values.dtype and residual.device == values.device
     if not fits:
         fail("residual", residual, f"{values.dtype} [{values.shape[0]}, {weight.shape[0]}] on {values.device}")
-    require_no_grad(residual=residual)
 
 
 def _check_sampling(
@@ -133,7 +125,6 @@ def _check_sampling(
         ("position", position, torch.int64),
     ):
         check_index(name, given, dtype, 1, device, rows)
-    require_no_grad(logits=logits, temperature=temperature, top_p=top_p, min_p=min_p)
 
 
 def _layers(tensor: Tensor) -> Any:

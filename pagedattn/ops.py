@@ -8,7 +8,6 @@ size, N blocks, S block size. Every op is also ``torch.ops.pagedattn.<name>``, w
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable
@@ -28,7 +27,9 @@ from pagedattn.checks import (
     check_dense,
     check_head_sizes,
     check_index,
+    check_lengths,
     check_rows,
+    check_written,
     describe,
     fail,
     require_bool,
@@ -140,10 +141,6 @@ def _check_attention(call: _Attention) -> None:
         if not fits or tree_mask.device != device:
             fail("tree_mask", tree_mask, f"bool [{num_tokens}, {max_query_len}] on {device}")
         check_dense("tree_mask", tree_mask)
-    require_no_grad(
-        query=query, key_cache=key_cache, value_cache=value_cache, alibi_slopes=alibi_slopes, sinks=sinks,
-        q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
-    )  # fmt: skip
 
 
 def _check_append(
@@ -159,6 +156,8 @@ def _check_append(
     check_rows("key", key, device, FLOAT_DTYPES)
     check_rows("value", value, device, (key.dtype,), tokens=key.shape[0])
     check_caches(key_cache, value_cache, device)
+    check_written("key_cache", key_cache)
+    check_written("value_cache", value_cache)
     check_index("slot_mapping", slot_mapping, torch.int64, 1, device, key.shape[0])
     for name, rows, cache_name, cache in (
         ("key", key, "key_cache", key_cache),
@@ -179,25 +178,15 @@ def _check_append(
             fail("k_scale", k_scale, f"None for a {key_cache.dtype} cache")
         if v_scale is not None:
             fail("v_scale", v_scale, f"None for a {value_cache.dtype} cache")
-    require_no_grad(
-        key=key, value=value, key_cache=key_cache, value_cache=value_cache, k_scale=k_scale, v_scale=v_scale
-    )
 
 
 def _check_attention_values(call: _Attention) -> None:
     """The checks of PAGEDATTN_CHECK=1: they read the tensors, and so synchronize."""
-    lengths, starts, max_seq_len, rows = (
-        call.seq_lens.tolist(), call.query_start_loc.tolist(), call.max_seq_len, call.query.shape[0],
-    )  # fmt: skip
-    block_table, key_cache, max_query_len = call.block_table, call.key_cache, call.max_query_len
-    if not all(0 <= n <= max_seq_len for n in lengths):
-        fail("seq_lens", lengths, f"within 0..max_seq_len={max_seq_len}")
-    steps = [end - begin for begin, end in itertools.pairwise(starts)]
-    if starts[0] != 0 or starts[-1] > rows:
+    rows = call.query.shape[0]
+    starts = check_lengths(call.seq_lens, call.query_start_loc, call.max_query_len, call.max_seq_len)
+    if starts[-1] > rows:
         fail("query_start_loc", starts, f"from 0 to at most {rows}")
-    if not all(0 <= n <= max_query_len for n in steps):
-        fail("query_start_loc", starts, f"rising by 0..max_query_len={max_query_len}")
-    _check_table_values(block_table, call.seq_lens, key_cache)
+    _check_table_values(call.block_table, call.seq_lens, call.key_cache)
 
 
 def _check_table_values(block_table: Tensor, seq_lens: Tensor, key_cache: Tensor) -> None:
@@ -304,14 +293,14 @@ def _plan_attention_out(
     tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
     if not _fits_plan(tiling, seq_lens.device, items, counts):
         fail("out", items, f"a plan of {seq_lens.shape[0]} sequences with the same geometry")
-    _write_plan(seq_lens, query_start_loc, items, counts, tiling, _window(arguments[6], geometry.max_seq_len))
+    _write_plan(seq_lens, query_start_loc, items, counts, tiling, geometry, arguments[6])
 
 
 def _plan_attention(seq_lens: Tensor, query_start_loc: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     geometry = _plan_geometry(seq_lens, query_start_loc, *arguments)
     tiling = _cached_tiling(geometry, seq_lens.shape[0], seq_lens.device)
     tensors = _plan_buffers(tiling, seq_lens)
-    _write_plan(seq_lens, query_start_loc, *tensors, tiling, _window(arguments[6], geometry.max_seq_len))
+    _write_plan(seq_lens, query_start_loc, *tensors, tiling, geometry, arguments[6])
     return tensors
 
 
@@ -321,8 +310,12 @@ def _write_plan(
     items: Tensor,
     counts: Tensor,
     tiling: AttentionTiling,
-    window: int | None,
+    geometry: _Geometry,
+    sliding_window: int | None,
 ) -> None:
+    if CHECK_VALUES:
+        check_lengths(seq_lens, query_start_loc, geometry.max_query_len, geometry.max_seq_len)
+    window = _window(sliding_window, geometry.max_seq_len)
     if uses_triton(seq_lens):
         _prepare_plan(tiling, seq_lens.shape[0], window, seq_lens.device)(seq_lens, query_start_loc, items, counts)
         return
@@ -371,6 +364,7 @@ def _check_attention_out(*args: Any) -> None:
     _check_attention(call)
     query = call.query
     check_rows("out", out, query.device, FLOAT_DTYPES, tokens=query.shape[0])
+    check_written("out", out)
     shape = (*query.shape[:2], cache_head_size(call.value_cache))
     if out.shape != shape:
         fail("out", out, f"{list(shape)}, as query and the head size of value_cache ask for")
@@ -380,7 +374,6 @@ def _check_attention_out(*args: Any) -> None:
         fits = lse.shape == query.shape[:2] and lse.dtype == torch.float32 and lse.is_contiguous()
         if not fits or lse.device != query.device:
             fail("lse", lse, f"contiguous float32 {list(query.shape[:2])} on {query.device}")
-    require_no_grad(out=out, lse=lse)
 
 
 def _attend(call: _Attention, out: Tensor, lse: Tensor | None) -> None:
@@ -512,6 +505,7 @@ def _check_rope(
 ) -> None:
     _check_append(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
     check_rows("query", query, key.device, (key.dtype,), tokens=key.shape[0])
+    check_written("query", query)
     if query.shape[2] != key.shape[2]:
         fail("query", query, f"of head size {key.shape[2]} like key")
     check_index("positions", positions, torch.int64, 1, key.device, key.shape[0])
@@ -522,7 +516,6 @@ def _check_rope(
         fail("cos_sin", cos_sin, f"on {key.device}")
     if cos_sin.stride(1) != 1:
         fail("cos_sin", cos_sin.stride(), "contiguous in its last dimension")
-    require_no_grad(query=query, cos_sin=cos_sin)
 
 
 def _rope_append_kv(
@@ -566,10 +559,12 @@ def _check_copy(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: 
         fits = destination.shape[1:] == source.shape[1:] and destination.dtype == source.dtype
         if not fits:
             fail(name, destination, f"{source.dtype} with blocks of {list(source.shape[1:])} like {source_name}")
+        if source.is_meta != destination.is_meta:
+            fail(source_name, source, f"of memory, as {name} is" if source.is_meta else f"on meta, as {name} is")
+        check_written(name, destination)
     fits = block_mapping.dim() == 2 and block_mapping.shape[1] == 2 and block_mapping.dtype == torch.int64
     if not fits:
         fail("block_mapping", block_mapping, "int64 [:, 2]")
-    require_no_grad(src_key=src_key, src_value=src_value, dst_key=dst_key, dst_value=dst_value)
 
 
 def _copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value: Tensor, block_mapping: Tensor) -> None:
@@ -577,6 +572,9 @@ def _copy_blocks(src_key: Tensor, src_value: Tensor, dst_key: Tensor, dst_value:
     if CHECK_VALUES:
         for column, caches in enumerate(((src_key, src_value), (dst_key, dst_value))):
             check_block_ids("block_mapping", block_mapping[:, column], min(len(cache) for cache in caches))
+        destinations, counts = block_mapping[:, 1].unique(return_counts=True)
+        if destinations.numel() != len(block_mapping):
+            fail("block_mapping", destinations[counts > 1][:4].tolist(), "without a destination named twice")
     if not block_mapping.shape[0]:
         return
     if _crosses_mapped_memory(src_key, src_value, dst_key, dst_value):
@@ -619,7 +617,6 @@ def _check_gather(
     check_index("block_table", block_table, torch.int32, 2, device, seq_lens.shape[0])
     require_int("max_seq_len", max_seq_len)
     check_cache_scales(key_cache, k_scale, v_scale)
-    require_no_grad(key_cache=key_cache, value_cache=value_cache, k_scale=k_scale, v_scale=v_scale)
 
 
 def _gather_kv_fake(
@@ -683,7 +680,6 @@ def _merge_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     for name, tensor in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         if tensor.device != out_a.device:
             fail(name, tensor, f"on {out_a.device}")
-    require_no_grad(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return torch.empty_like(out_a, memory_format=torch.contiguous_format), lse_a.new_empty(lse_a.shape)
 
 
@@ -699,7 +695,26 @@ def register(name: str, signature: str, implementation: Callable[..., Any], fake
     _library.define(name + signature)
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
+    _library.impl(name, _without_derivatives(name), "Autograd", with_keyset=True)
     torch.library.register_fake(f"pagedattn::{name}", fake, lib=_library)
+
+
+def _without_derivatives(name: str) -> Callable[..., Any]:
+    """What autograd calls, torch.func's included: arguments that somebody differentiates by are refused."""
+    packet, _, overload = name.partition(".")
+
+    @lru_cache
+    def registered() -> tuple[Any, tuple[str, ...]]:
+        op = getattr(getattr(torch.ops.pagedattn, packet), overload or "default")
+        return op, tuple(argument.name for argument in op._schema.arguments)
+
+    def check_and_go_on(keys: Any, *args: Any) -> Any:
+        op, names = registered()
+        for argument, given in zip(names, args, strict=False):
+            require_no_grad(argument, given)
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    return check_and_go_on
 
 
 def fake_of_mutation(check: Callable[..., None]) -> Callable[..., None]:

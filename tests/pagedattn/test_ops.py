@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import pagedattn
 from tests.device import DEVICE, DTYPES, IS_CUDA
@@ -363,6 +365,14 @@ BAD_CALLS = [
     (call_attention, {"q_scale": torch.ones((), device=DEVICE, requires_grad=True)}, ValueError),
     (call_attention, {"k_scale": torch.ones(2, device=DEVICE, requires_grad=True)}, ValueError),
     (call_attention, {"v_scale": torch.ones(2, device=DEVICE, requires_grad=True)}, ValueError),
+    (call_attention, {"out": of("query", lambda t: t[:1, :1].expand(t.shape))}, ValueError),
+    (call_attention, {"query": of("query", torch.Tensor.to_sparse)}, ValueError),
+    (call_attention, {"sliding_window": 2**63}, ValueError),
+    (call_attention, {"max_query_len": 2**70}, ValueError),
+    (call_attention, {"scale": 10**400}, ValueError),
+    (call_append, {"key_cache": of("key_cache", lambda t: t[:, :, :1].expand(t.shape))}, ValueError),
+    (call_append, {"value_cache": of("value_cache", lambda t: t[:1].expand(t.shape))}, ValueError),
+    (call_rope, {"query": of("query", lambda t: t[:1].expand(t.shape))}, ValueError),
     (call_append, {"key": of("key", lambda t: t[0])}, ValueError),
     (call_append, {"key": of("key", lambda t: t.clone().requires_grad_())}, ValueError),
     (call_append, {"value": of("value", lambda t: t[1:])}, ValueError),
@@ -413,8 +423,15 @@ def test_bad_calls_of_the_other_ops() -> None:
         pagedattn.gather_kv(*case.arguments()[1:5], max_seq_len=320, dtype="half")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^block_mapping: "):
         pagedattn.copy_blocks(key, value, key, value, torch.zeros(2, 2, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match=r"^block_size: "):
+        make_plan(case, block_size=2**70)
+    mapping = torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match=r"^dst_value: "):
-        pagedattn.copy_blocks(key, value, key, value[:, :8], torch.zeros(1, 2, dtype=torch.int64, device=DEVICE))
+        pagedattn.copy_blocks(key, value, key, value[:, :8], mapping)
+    with pytest.raises(ValueError, match=r"^dst_key: .* do not share memory"):
+        pagedattn.copy_blocks(key, value, key[:1].expand(key.shape), value, mapping)
+    with pytest.raises(ValueError, match=r"^src_key: .* on meta; must be of memory"):
+        pagedattn.copy_blocks(key.to("meta"), value.to("meta"), key, value, mapping)
     part = torch.zeros(2, 4, 8, device=DEVICE)
     with pytest.raises(ValueError, match=r"^lse_b: "):
         pagedattn.merge_attention_states(part, part[..., 0], part, part)
@@ -446,9 +463,43 @@ def test_value_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         pagedattn.gather_kv(*caches, table, lens, max_seq_len=299)
     with pytest.raises(ValueError, match=r"^seq_lens: "):
         pagedattn.gather_kv(*caches, table, lens - 4, max_seq_len=300)
-    mapping = torch.tensor([[0, len(case.key_cache)]], device=DEVICE)
-    with pytest.raises(ValueError, match=r"^block_mapping: "):
-        pagedattn.copy_blocks(*caches, *caches, mapping)
+    for mapping in ([[0, len(case.key_cache)]], [[0, 1], [2, 1]]):
+        with pytest.raises(ValueError, match=r"^block_mapping: "):
+            pagedattn.copy_blocks(*caches, *caches, torch.tensor(mapping, device=DEVICE))
+    make_plan(case)
+    with pytest.raises(ValueError, match=r"^seq_lens: "):
+        make_plan(replace(case, seq_lens=case.seq_lens - 400))
+    with pytest.raises(ValueError, match=r"^query_start_loc: .* rising"):
+        make_plan(replace(case, query_start_loc=-case.query_start_loc))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jacfwd", "dual"])
+def test_derivatives_are_refused(transform: str) -> None:
+    """By torch.func too, whose tensors an op sees without their derivatives."""
+    case, lse = make_case(), torch.zeros(5, 4, device=DEVICE)
+    query, *rest = case.arguments()
+    query = torch.ones_like(query)
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return pagedattn.paged_attention(query, *rest, max_query_len=case.max_query_len).square().sum()
+
+    def merge(out_a: torch.Tensor) -> torch.Tensor:
+        return pagedattn.merge_attention_states(out_a, lse[:, : out_a.shape[1]], query, lse)[0].sum()
+
+    def differentiate(function: Callable[[torch.Tensor], torch.Tensor]) -> object:
+        if transform in ("grad", "jacfwd"):
+            return getattr(torch.func, transform)(function)(query)
+        if transform == "vjp":
+            return torch.func.vjp(function, query)
+        if transform == "jvp":
+            return torch.func.jvp(function, (query,), (query,))
+        with forward_ad.dual_level():
+            return function(forward_ad.make_dual(query, query))
+
+    refused = "has a tangent" if transform in ("jvp", "jacfwd", "dual") else "requires grad"
+    for function, name in ((attend, "query"), (merge, "out_a")):
+        with pytest.raises(ValueError, match=f"^{name}: {refused}"):
+            differentiate(function)
 
 
 def test_importing_is_light() -> None:
