@@ -5,7 +5,7 @@
 Without names: all three. A subset of the kernel tests that launches every kernel in each of its forms. torch's
 allocator hands out slices of large blocks, which hides accesses out of bounds, so its caching is turned off. Cases are
 small, and are compared with results of a CPU: a sanitizer slows every access. The tests are dealt out to processes,
-each under a sanitizer of its own. ``--every 3`` takes every third case of each test, ``--only`` those whose id has a
+each under a sanitizer of its own. ``--every 3`` takes a third of each test's cases, ``--only`` those whose id has a
 text. What the processes say is in ``--logs``.
 
 racecheck credits an arrival at an mbarrier to the arriving thread alone, not to those that a barrier ordered before it,
@@ -18,16 +18,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
 FAULTS = {"memcheck": "bounds", "racecheck": "race", "initcheck": "uninitialized"}
 CAUGHT = 9
+LEAST_CASES = 4  # of a test
 EXCLUDED = {"racecheck": ("hopper_decode_kernel", "hopper_prefill_kernel")}
 SUBSET = (
     "tests/kernels/test_cache.py::test_append",
@@ -85,11 +87,22 @@ def run(tool: str, module: Sequence[str], log: Path) -> int:
 
 
 def collect(every: int, only: str = "") -> list[str]:
-    """The subset's tests, every so many cases of each. Raises CalledProcessError when there are none."""
+    """The subset's tests, one in ``every`` of their cases. Raises CalledProcessError when there are none."""
     command = (sys.executable, "-m", *PYTEST, "-q", "--collect-only", *SUBSET)
     listed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment()).stdout
     cases = (line for line in listed.splitlines() if "::" in line and only in line)
-    return [case for _, test in groupby(cases, lambda case: case.partition("[")[0]) for case in list(test)[::every]]
+    return [
+        case for name, test in groupby(cases, lambda case: case.partition("[")[0]) for case in some(name, test, every)
+    ]
+
+
+def some(name: str, cases: Iterable[str], every: int) -> list[str]:
+    """One in ``every`` of a test's cases, but no fewer than LEAST_CASES: drawn, for a stride would always meet the same
+    dtype. The same ones each time."""
+    cases = list(cases)
+    count = max(-(-len(cases) // every), min(LEAST_CASES, len(cases)))
+    chosen = set(random.Random(name).sample(cases, count))
+    return [case for case in cases if case in chosen]
 
 
 def main(tools: Sequence[str], num_processes: int, every: int, only: str, logs: Path) -> int:
@@ -132,7 +145,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("tools", nargs="*", metavar="tool", help=f"of {', '.join(FAULTS)}; all when none is named")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time, of all tools together")
-    parser.add_argument("--every", type=int, default=1, help="take every so many cases of each test")
+    parser.add_argument("--every", type=int, default=1, help="take one in so many cases of each test")
     parser.add_argument("--only", default="", metavar="TEXT", help="take the tests whose id has this in it")
     parser.add_argument("--logs", type=Path, help="where the processes' output goes (default: a temporary directory)")
     arguments = parser.parse_args()
