@@ -62,7 +62,6 @@ setup(
     package_dir={"pagedattn.kernels": "kernels", "pagedattn.engine": "engine"},
     package_data={
         "pagedattn": ["py.typed"],
-        "pagedattn.kernels": ["*.json"],
         "pagedattn.engine": ["data/*.jsonl", "data/machines/*.json"],
     },
     include_package_data=False,

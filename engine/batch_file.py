@@ -63,7 +63,7 @@ def parse_line(text: str, line_number: int, defaults: SamplingParams) -> BatchRe
     """Reads one line (numbered from 1). Raises BatchLineError naming the line and what is wrong with it."""
     custom_id = f"line-{line_number}"
     try:
-        line = json.loads(text)
+        line = json.loads(text.removeprefix("\ufeff") if line_number == 1 else text)  # a byte order mark
         if not isinstance(line, dict):
             raise TypeError(f"a request must be an object, not {type(line).__name__}")
         given_id = line.get("custom_id", custom_id)
@@ -197,6 +197,7 @@ def _read_requests(
                 message = f"line {line_number}: custom_id {request.custom_id!r} is line {first}'s already"
                 raise BatchLineError(f"line-{line_number}", message)
         except BatchLineError as error:
+            seen.setdefault(error.custom_id, line_number)
             if error.custom_id in done_ids:
                 summary.num_skipped += 1
             else:

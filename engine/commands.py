@@ -201,6 +201,11 @@ def collect_info() -> dict[str, Any]:
     from pagedattn.engine.model_store import MODELS, cache_folder, cached_path
 
     has_triton = importlib.util.find_spec("triton") is not None
+    try:
+        cache = str(cache_folder())
+        models = {name: cached_path(name) for name, entry in MODELS.items() if entry.file is not None}
+    except ImportError as error:  # who uses the ops alone needs no cache
+        cache, models = str(error), {}
     return {
         "pagedattn": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -211,11 +216,9 @@ def collect_info() -> dict[str, Any]:
         "cuda devices": [_describe_cuda_device(index) for index in range(torch.cuda.device_count())],
         "ops on cpu": "Triton under its interpreter" if INTERPRETED else "torch reference",
         "ops on cuda": "Triton" if has_triton else "unavailable: triton is not installed",
-        "cache": str(cache_folder()),
+        "cache": cache,
         "cached models": [
-            f"{name} ({path.stat().st_size / 2**20:.0f} MiB)"
-            for name, entry in MODELS.items()
-            if entry.file is not None and (path := cached_path(name)) is not None
+            f"{name} ({path.stat().st_size / 2**20:.0f} MiB)" for name, path in models.items() if path is not None
         ],
     }
 

@@ -27,7 +27,7 @@ from pagedattn.engine.policy import resolve_policy
 from pagedattn.engine.replay import Arrival, Replay, Summary, replay, summarize
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.stats import Distribution
-from pagedattn.engine.timeline import draw_timeline
+from pagedattn.engine.timeline import draw_timeline, require_matplotlib
 
 if TYPE_CHECKING:
     from pagedattn.engine.llm import LLM
@@ -46,6 +46,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--num-requests {arguments.num_requests} is not allowed: it must be 1 to {MAX_REQUESTS}")
     if not (math.isfinite(arguments.rate) and arguments.rate > 0):
         raise ValueError(f"--rate {arguments.rate} is not allowed: it must be a finite number > 0")
+    require_matplotlib()  # now, rather than after minutes
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 

@@ -140,7 +140,13 @@ class Tokenizer:
 
         Text from ``apply_chat_template`` has its special tokens already: encode it without.
         """
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            if not isinstance(text, str):
+                raise
+        bad = next((char for char in text if "\ud800" <= char <= "\udfff"), "")
+        raise ValueError(f"text holds {bad!r}, which is no character: what it was read from must be UTF-8")
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary nothing."""

@@ -127,6 +127,30 @@ def test_bad_lines_and_refused_requests_fail_alone(llm: LLM) -> None:
     }
 
 
+def test_the_id_of_a_bad_line_is_taken(llm: LLM) -> None:
+    lines = (
+        "{",
+        {"custom_id": "line-1", "prompt": "hello"},
+        {"custom_id": "b", "wrong": 1},
+        {"custom_id": "b", "prompt": "x"},
+    )
+    errors = {name: result["error"] for name, result in run(llm, *lines).items()}
+    assert errors.pop("line-2") == "line 2: custom_id 'line-1' is line 1's already"
+    assert errors.pop("line-4") == "line 4: custom_id 'b' is line 3's already"
+    assert list(errors) == ["line-1", "b"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
+    assert parse_line('\ufeff{"prompt": "hello"}', 1, GREEDY).prompt == "hello"
+    with pytest.raises(BatchLineError):
+        parse_line('\ufeff{"prompt": "hello"}', 2, GREEDY)
+
+
+def test_text_that_is_not_utf8_is_named(llm: LLM) -> None:
+    (result,) = run(llm, {"prompt": "a\udcff"}).values()
+    assert "text holds '\\udcff', which is no character" in result["error"]
+
+
 def test_only_bad_lines_end_the_job_too(llm: LLM) -> None:
     results = run(llm, *["{"] * 50, {"prompt": "hello"})
     assert [result["error"] is None for result in results.values()] == [False] * 50 + [True]

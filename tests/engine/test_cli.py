@@ -258,6 +258,14 @@ def test_info_as_json(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert [line.split("  ")[0] for line in lines if not line.startswith(" ")] == list(facts)
 
 
+def test_info_without_the_library_that_finds_the_cache(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PAGEDATTN_CACHE", raising=False)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    facts = json.loads(command("info", "--json").out)
+    assert "needs platformdirs" in facts["cache"]
+    assert facts["cached models"] == []
+
+
 def test_models_are_listed_with_their_state(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PAGEDATTN_CACHE", str(tmp_path / "cache"))
     rows = [line.split()[:2] for line in command("models").out.splitlines()]
