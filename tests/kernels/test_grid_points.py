@@ -41,6 +41,30 @@ def test_block_sizes(block_size: int, plan: str) -> None:
     assert_within_budget(case, *attend(case, plan))
 
 
+def check_decode_and_prefill(**changes: Any) -> None:
+    """One token of a sequence of three blocks, and a chunk of another that begins within a block."""
+    for query_lens in ([1, 1], [1, 21]):
+        case = make_case(seq_lens=[40, 33], query_lens=query_lens, **changes).to(DEVICE)
+        assert_within_budget(case, *attend(case))
+
+
+@pytest.mark.parametrize("head_size", range(8, 257, 8))
+def test_head_sizes(head_size: int) -> None:
+    check_decode_and_prefill(head_size=head_size)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "head_size_v"), [(64, 256), (64, 512), (128, 512), (256, 128), (512, 256), (576, 128)]
+)
+def test_values_of_another_size(head_size: int, head_size_v: int) -> None:
+    check_decode_and_prefill(head_size=head_size, head_size_v=head_size_v)
+
+
+@pytest.mark.parametrize("ratio", [24, 32, 33, 48, 63])
+def test_query_heads_of_a_key_head(ratio: int) -> None:
+    check_decode_and_prefill(num_heads=2 * ratio)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter walks a sequence in minutes")
 @pytest.mark.parametrize("length", [16_385, 33_001, 131_072] if IS_CUDA else [33_001])
 @pytest.mark.parametrize(
