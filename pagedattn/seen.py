@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -58,6 +59,8 @@ class SeenCalls(Generic[Prepared]):
         """What was remembered of a call with an equal key and alike tensors, if nothing has to see the op."""
         calls = self._calls.get((torch.is_grad_enabled(), key))
         if calls is None or torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
+            return None
+        if forward_ad._current_level >= 0:  # a tensor with a tangent is like one without
             return None
         for guards, prepared in calls:
             if guards.check(*tensors):
