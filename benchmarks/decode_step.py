@@ -132,25 +132,25 @@ def make_step(decoder: Decoder, batch: int, context: int, num_parts: int = 1) ->
         for first, end in pairwise(bounds)
     ]
     is_cuda = decoder.device.type == "cuda"
-    streams = [torch.cuda.Stream(decoder.device) for _ in parts[1:]] if is_cuda else [None] * (num_parts - 1)
+    streams = [torch.cuda.Stream(decoder.device) for _ in parts[1:]] if is_cuda else []
 
     def compute(number: int) -> Tensor:
         part, its_sampling = parts[number]
         return layer_ops.sample_tokens(decoder.forward(part, cache), *its_sampling)
 
     def step(_: int) -> Tensor:
-        own = torch.cuda.current_stream(decoder.device) if is_cuda else None
-        found = {}
+        if not streams:
+            return torch.cat([compute(number) for number in range(num_parts)])
+        own = torch.cuda.current_stream(decoder.device)
+        others = []
         for number, stream in enumerate(streams, 1):
-            if stream is not None and own is not None:
-                stream.wait_stream(own)
+            stream.wait_stream(own)
             with torch.cuda.stream(stream):
-                found[number] = compute(number)
-        found[0] = compute(0)
+                others.append(compute(number))
+        first = compute(0)
         for stream in streams:
-            if stream is not None and own is not None:
-                own.wait_stream(stream)
-        return torch.cat([found[number] for number in range(num_parts)])
+            own.wait_stream(stream)
+        return torch.cat([first, *others])
 
     return step
 

@@ -108,7 +108,7 @@ def some(name: str, cases: Iterable[str], every: int) -> list[str]:
 def main(tools: Sequence[str], num_processes: int, every: int, only: str, logs: Path) -> int:
     tests = collect(every, only)
     if not tests:
-        raise ValueError(f"only: got {only!r}; must be in the id of a test")
+        raise SystemExit(f"--only {only}: no test of the subset has it in its id")
     num_parts = min(len(tests), max(1, num_processes // len(tools)))
     parts = [(*PYTEST, "-v", *tests[first::num_parts]) for first in range(num_parts)]
     logs.mkdir(parents=True, exist_ok=True)
