@@ -319,6 +319,39 @@ def softmax_tile(
 
 
 @gluon.jit
+def pass_units(
+    turn, stage, phase, first_query, units, units_full, units_empty, queries_full, queries_empty,
+    keys_full, values_full, keys_empty, values_empty,
+    QUERY_TILES: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Say of units whose rows all belong to the other consumer that this one is done with them: which unit is next, and
+    where in the rings its tiles are."""
+    num_queries = told(units, turn, QUERIES)
+    while (num_queries > 0) & (num_queries <= first_query):
+        begin = told(units, turn, BEGIN)
+        span = told(units, turn, END) - begin // PAGE * PAGE
+        query_tile = turn % QUERY_TILES
+        mbarrier.wait(queries_full.index(query_tile), turn // QUERY_TILES % 2)  # or one before would be counted twice
+        mbarrier.arrive(queries_empty.index(query_tile), count=1)
+        mbarrier.arrive(units_empty.index(turn % UNITS), count=1)
+        tile = 0
+        while tile < gl.maximum(1, (span + BLOCK_N - 1) // BLOCK_N):
+            mbarrier.wait(keys_full.index(stage), phase)
+            mbarrier.arrive(keys_empty.index(stage), count=1)
+            mbarrier.wait(values_full.index(stage), phase)
+            mbarrier.arrive(values_empty.index(stage), count=1)
+            tile += 1
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        turn += 1
+        mbarrier.wait(units_full.index(turn % UNITS), turn // UNITS % 2)
+        num_queries = told(units, turn, QUERIES)
+    return turn, stage, phase
+
+
+@gluon.jit
 def consume(
     out_ptr, lse_ptr, partials_ptr, counts_ptr, alibi_slopes_ptr, sinks_ptr,
     partial_lse_offset, logit_scale, softcap_log2, sliding_window, attention_chunk, num_tokens, num_workers,
@@ -351,6 +384,11 @@ def consume(
     phase = 0
     turn = 0
     mbarrier.wait(units_full.index(0), 0)
+    if HALF == 1:
+        turn, stage, phase = pass_units(
+            turn, stage, phase, ROWS // HEADS, units, units_full, units_empty, queries_full, queries_empty,
+            keys_full, values_full, keys_empty, values_empty, QUERY_TILES, STAGES, PAGE, BLOCK_N,
+        )  # fmt: skip
     while told(units, turn, QUERIES) > 0:
         query_tile = turn % QUERY_TILES
         query_rows = queries.index(2 * query_tile + HALF)
@@ -505,6 +543,11 @@ def consume(
         mbarrier.arrive(units_empty.index(turn % UNITS), count=1)
         turn += 1
         mbarrier.wait(units_full.index(turn % UNITS), turn // UNITS % 2)
+        if HALF == 1:
+            turn, stage, phase = pass_units(
+                turn, stage, phase, ROWS // HEADS, units, units_full, units_empty, queries_full, queries_empty,
+                keys_full, values_full, keys_empty, values_empty, QUERY_TILES, STAGES, PAGE, BLOCK_N,
+            )  # fmt: skip
     write_padding(
         out_ptr, lse_ptr, gl.load(counts_ptr + here(1)), num_tokens, num_heads, num_workers, stride_out_token,
         stride_out_head, gl.convert_layout(row, RESULT_ROW), dim, RETURN_LSE, RESULT,

@@ -149,7 +149,9 @@ FAULTS_IN_DECODE: dict[str, tuple[dict[str, Any], str, str]] = {
 }  # fmt: skip
 FAULTS_IN_PREFILL: dict[str, tuple[dict[str, Any], str, str]] = {
     "queries read before they are full": (
-        {}, "mbarrier.wait(queries_full.index(query_tile), turn // QUERY_TILES % 2)", "pass",
+        {},
+        "mbarrier.wait(queries_full.index(query_tile), turn // QUERY_TILES % 2)\n        fence_async_shared()",
+        "fence_async_shared()",
     ),
     "queries read without a fence": ({}, "fence_async_shared()\n        mbarrier.wait", "mbarrier.wait"),
     "queries written before they are empty": (
@@ -174,7 +176,7 @@ FAULTS_IN_PREFILL: dict[str, tuple[dict[str, Any], str, str]] = {
     "values cleared before they have landed": ({}, "mbarrier.wait(values_landed, landed_phase)", "pass"),
     "values cleared without a fence": ({}, "    fence_async_shared()\n    synchronize()", "    synchronize()"),
     "a unit read before it is told": (
-        {}, "turn += 1\n        mbarrier.wait(units_full.index(turn % UNITS), turn // UNITS % 2)", "turn += 1",
+        {}, "turn += 1\n        mbarrier.wait(units_full.index(turn % UNITS), turn // UNITS % 2)\n        if", "turn += 1\n        if",
     ),
 }  # fmt: skip
 FAULTS_IN_LINEAR: dict[str, tuple[str, str]] = {

@@ -127,6 +127,8 @@ def test_drawn_on_a_cpu(number: int) -> None:
         ([200, 40], [130, 30], 250, {}),  # more padding than the workers write at a time
         ([300, 0], [700, 33], 0, {"causal": False}),  # queries before the sequence, keys that none of them may see
         ([1500, 700, 900], [140, 1, 1], 0, {}),  # rings filled several times; decodes beside a chunk
+        ([300, 900, 0, 700, 800], [140, 1, 1, 20, 1], 0, {"head_size": 256}),  # units that one consumer passes by
+        ([2000, 3000], [5, 130], 0, {}),  # and tiles that are split
         ([3000], [130], 0, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}),  # split
         ([300, 200], [140, 70], 0, {"head_size": 256}),  # one tile of queries at a time
     ],
