@@ -6,10 +6,6 @@ What bounds it: a step reads every weight once, and the keys and values of its s
 unless it is the output projection too. Beside each time stands what these bytes take at the bandwidth that a reading
 kernel reaches on the same device in the same process. The KV cache is larger than the L2, and blocks are shuffled.
 ``--profile`` prints where a step's time goes, by kernel. On a CPU it runs without a graph, to try the code.
-
-``--parts 2`` computes the batch in two parts, each on a stream of its own. Most launches of a small model's step occupy
-a part of the device and take as long as they take to start and to end; another stream's may run meanwhile, at the price
-of weights that are read for each part.
 """
 
 from __future__ import annotations
@@ -19,8 +15,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise, product
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +44,6 @@ class StepTime:
     model: str
     batch: int
     context: int
-    num_parts: int
     milliseconds: float
     limit_ms: float
     num_bytes: int
@@ -101,23 +95,9 @@ def sampling_of(batch: int, device: torch.device, temperature: float = 0.6) -> S
     )
 
 
-def part_of(batch: BatchTensors, first: int, end: int) -> BatchTensors:
-    """A decode of some of a decode's sequences."""
-    return replace(
-        batch,
-        input_ids=batch.input_ids[first:end],
-        positions=batch.positions[first:end],
-        slot_mapping=batch.slot_mapping[:, first:end],
-        block_table=batch.block_table[:, first:end],
-        seq_lens=batch.seq_lens[first:end],
-        query_start_loc=batch.query_start_loc[: end - first + 1],
-        logits_indices=batch.logits_indices[: end - first],
-    )
-
-
 @torch.inference_mode()
-def make_step(decoder: Decoder, batch: int, context: int, num_parts: int = 1) -> Callable[[int], Tensor]:
-    """A decode step with random keys and values behind it, in parts side by side; returns its tokens."""
+def make_step(decoder: Decoder, batch: int, context: int) -> Callable[[int], Tensor]:
+    """A decode step with random keys and values behind it; returns its tokens."""
     blocks = batch * -(-context // BLOCK_SIZE)
     cache = KVCache(decoder.config, blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
     for layer in cache.layers:
@@ -126,55 +106,30 @@ def make_step(decoder: Decoder, batch: int, context: int, num_parts: int = 1) ->
     tensors = decode_batch(cache, batch, context, decoder.config.vocab_size)
     sampling = sampling_of(batch, decoder.device)
 
-    bounds = [batch * number // num_parts for number in range(num_parts + 1)]
-    parts = [
-        (part_of(tensors, first, end), SamplingTensors(*(numbers[first:end] for numbers in sampling)))
-        for first, end in pairwise(bounds)
-    ]
-    is_cuda = decoder.device.type == "cuda"
-    streams = [torch.cuda.Stream(decoder.device) for _ in parts[1:]] if is_cuda else []
-
-    def compute(number: int) -> Tensor:
-        part, its_sampling = parts[number]
-        return layer_ops.sample_tokens(decoder.forward(part, cache), *its_sampling)
-
     def step(_: int) -> Tensor:
-        if not streams:
-            return torch.cat([compute(number) for number in range(num_parts)])
-        own = torch.cuda.current_stream(decoder.device)
-        others = []
-        for number, stream in enumerate(streams, 1):
-            stream.wait_stream(own)
-            with torch.cuda.stream(stream):
-                others.append(compute(number))
-        first = compute(0)
-        for stream in streams:
-            own.wait_stream(stream)
-        return torch.cat([first, *others])
+        return layer_ops.sample_tokens(decoder.forward(tensors, cache), *sampling)
 
     return step
 
 
 @torch.inference_mode()
-def time_step(decoder: Decoder, name: str, batch: int, context: int, read_bytes: float, num_parts: int = 1) -> StepTime:
-    step = make_step(decoder, batch, context, num_parts)
+def time_step(decoder: Decoder, name: str, batch: int, context: int, read_bytes: float) -> StepTime:
+    step = make_step(decoder, batch, context)
     tokens = step(0)
     if not bool((tokens >= 0).all()):
         raise RuntimeError(f"{name}, {batch} x {context}: a row of logits is not finite")
     num_bytes = step_bytes(decoder.config, decoder.dtype, batch, context)
     limit = num_bytes / read_bytes
     seconds = time_launches(step, 1, limit, SECONDS, decoder.device)
-    return StepTime(name, batch, context, num_parts, seconds * 1e3, limit * 1e3, num_bytes)
+    return StepTime(name, batch, context, seconds * 1e3, limit * 1e3, num_bytes)
 
 
 @torch.inference_mode()
-def profile_step(
-    decoder: Decoder, batch: int, context: int, num_parts: int = 1, replays: int = 3
-) -> list[tuple[str, int, float]]:
+def profile_step(decoder: Decoder, batch: int, context: int, replays: int = 3) -> list[tuple[str, int, float]]:
     """Kernels of a step by time: name, launches, microseconds a step. Starts of graph replays are not counted."""
     from torch.profiler import ProfilerActivity, profile
 
-    step = make_step(decoder, batch, context, num_parts)
+    step = make_step(decoder, batch, context)
     step(0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -205,7 +160,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--case", default=DEFAULT_CASES, help=f"batch x context, with commas (default: {DEFAULT_CASES})"
     )
-    parser.add_argument("--parts", default="1", help="of the batch, side by side; several with commas (default: 1)")
     parser.add_argument("--profile", action="store_true", help="also print each case's kernels by time")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
@@ -221,20 +175,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for name in parsed.model.split(","):
         decoder = load_model(SHORT_NAMES.get(name, name), device=device).decoder
-        for case, parts in product(parsed.case.split(","), parsed.parts.split(",")):
+        for case in parsed.case.split(","):
             batch, context = map(int, case.split("x"))
-            num_parts = int(parts)
-            if not 1 <= num_parts <= batch:
-                raise ValueError(f"parts: got {num_parts}; must be from 1 to the batch, {batch}")
-            found = time_step(decoder, name, batch, context, ceilings.read_bytes, num_parts)
+            found = time_step(decoder, name, batch, context, ceilings.read_bytes)
             row = {**asdict(found), "over_limit": found.over_limit}
             print(
-                f"{name:>6} {batch:>4} x {context:<5} {f'in {num_parts} parts' if num_parts > 1 else '':<11}"
-                f"{found.milliseconds:8.3f} ms, bytes {found.limit_ms:.3f} ms, {found.over_limit:.2f}x",
+                f"{name:>6} {batch:>4} x {context:<5} {found.milliseconds:8.3f} ms, bytes {found.limit_ms:.3f} ms, "
+                f"{found.over_limit:.2f}x",
                 flush=True,
             )
             if parsed.profile:
-                row["kernels"] = profile_step(decoder, batch, context, num_parts)
+                row["kernels"] = profile_step(decoder, batch, context)
                 for kernel, launches, microseconds in row["kernels"][:14]:
                     print(f"{microseconds:10.1f} us {launches:5} {kernel}", flush=True)
             rows.append(row)

@@ -14,7 +14,6 @@ from benchmarks import decode_step, engine, throughput
 from benchmarks.traces import digest, make_trace
 from pagedattn.engine.llm import LLM
 from pagedattn.engine.weights import RANDOM_MODELS, load_model
-from tests.device import DEVICE
 
 SMALL = "--device cpu --model random --num-requests 4 --output-scale 0.02 --rounds 1"
 
@@ -100,22 +99,10 @@ def test_vllm_runs_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.M
 
 def test_decode_steps_are_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_step, "SECONDS", 0.01)
-    assert decode_step.main(["--device", "cpu", "--model", "random", "--case", "3x20,2x17", "--parts", "1,2"]) == 0
+    assert decode_step.main(["--device", "cpu", "--model", "random", "--case", "3x20,1x17"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out.strip().rpartition("\n")[2])
-    cases = [(row["batch"], row["context"], row["num_parts"]) for row in document["rows"]]
-    assert cases == [(3, 20, 1), (3, 20, 2), (2, 17, 1), (2, 17, 2)]
+    assert [(row["batch"], row["context"]) for row in document["rows"]] == [(3, 20), (1, 17)]
     assert all(row["milliseconds"] > 0 for row in document["rows"])
-
-
-@torch.inference_mode()
-def test_a_step_in_parts_gives_the_same_tokens() -> None:
-    decoder = load_model("random", device=DEVICE, dtype=torch.float32).decoder
-    tokens = []
-    for num_parts in (1, 2, 3):
-        torch.manual_seed(0)
-        tokens.append(decode_step.make_step(decoder, 5, 40, num_parts)(0).tolist())
-    assert tokens[1] == tokens[0]
-    assert tokens[2] == tokens[0]
 
 
 def test_bytes_of_a_step() -> None:
