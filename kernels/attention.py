@@ -48,9 +48,9 @@ INTERPRETER_SHARED_MEMORY = 1 << 16
 
 @triton.jit
 def load_pages(table_ptr, position, first_key, end_key, BLOCK_SIZE: tl.constexpr):
-    """Block ids of key positions [BLOCK_N] as int64; 0 outside first_key..end_key."""
+    """Block ids of key positions [BLOCK_N]; 0 outside first_key..end_key. To widen them is to wait for them."""
     inside = (position >= first_key) & (position < end_key)
-    return tl.load(table_ptr + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    return tl.load(table_ptr + position // BLOCK_SIZE, mask=inside, other=0)
 
 
 @triton.jit
@@ -236,12 +236,13 @@ def attend_keys(
     for start in tl.range(begin, end, BLOCK_N):
         position = start + offset
         slot = position % BLOCK_SIZE
-        key_offset = pages * stride_key_block + slot * stride_key_slot
-        value_offset = pages * stride_value_block + slot * stride_value_slot
+        block = pages.to(tl.int64)
+        key_offset = block * stride_key_block + slot * stride_key_slot
+        value_offset = block * stride_value_block + slot * stride_value_slot
         if K_SCALE == 3:
-            k_scale_ptrs = k_scale_ptr + pages * stride_k_scale_block + slot * stride_k_scale_slot
+            k_scale_ptrs = k_scale_ptr + block * stride_k_scale_block + slot * stride_k_scale_slot
         if V_SCALE == 3:
-            v_scale_ptrs = v_scale_ptr + pages * stride_v_scale_block + slot * stride_v_scale_slot
+            v_scale_ptrs = v_scale_ptr + block * stride_v_scale_block + slot * stride_v_scale_slot
         # The next iteration's pages are fetched here, so that no load of keys waits for the table.
         pages = load_pages(table_ptr, position + BLOCK_N, first_key, end_key, BLOCK_SIZE)
         inside = (position >= first_key) & (position < end_key)

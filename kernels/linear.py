@@ -136,18 +136,22 @@ class LinearLaunch:
 
 
 FEW_ROWS = 4
+MAX_PRODUCTS = 1 << 23  # of several rows: past it the arithmetic takes longer than the vendor's tensor cores
+MAX_PROGRAMS = 8192  # past it the vendor's products read faster
 WARP_LANES = 256  # a warp's loads of 8 weights a thread
 WEIGHTS_PER_THREAD = 64  # asked for at once
 
 
 def choose_linear_launch(num_rows: int, num_outputs: int, size: int, gated: bool) -> LinearLaunch | None:
-    """None: leave it to the vendor. Few outputs are spread over many programs."""
-    if not 0 < num_rows <= FEW_ROWS:
-        return None
+    """None: leave it to others. Few outputs are spread over many programs."""
     matrices = 2 if gated else 1
+    if not 0 < num_rows <= FEW_ROWS or (num_rows > 1 and num_rows * matrices * num_outputs * size > MAX_PRODUCTS):
+        return None
     padded = max(WARP_LANES, next_power_of_2(size))
     per_output = matrices * padded // 32  # of a thread, if an output has one warp
     block_n = 4 if per_output <= 2 * WEIGHTS_PER_THREAD else 2
+    if num_outputs > MAX_PROGRAMS * block_n:
+        return None
     num_warps = max(4, min(16, block_n * per_output // WEIGHTS_PER_THREAD))
     lanes = WARP_LANES if num_warps <= block_n else min(padded, WARP_LANES * num_warps)
     return LinearLaunch(next_power_of_2(num_rows), block_n, lanes, padded // lanes, num_warps)

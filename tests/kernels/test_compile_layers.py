@@ -47,7 +47,7 @@ def test_products_compile(capability: int, element: str) -> None:
     from pagedattn.kernels import linear
 
     kernel = linear.few_rows_linear_kernel
-    for rows, outputs, size, gated in ((1, 576, 1536, False), (4, 14336, 4096, True)):
+    for rows, outputs, size, gated in ((4, 576, 1536, False), (1, 14336, 4096, True)):
         cut = linear.choose_linear_launch(rows, outputs, size, gated)
         assert cut is not None
         constants = {"ROWS": cut.rows, "SIZE": size, "BLOCK_N": cut.block_n, "CHUNKS": cut.chunks, "LANES": cut.lanes}

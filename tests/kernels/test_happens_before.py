@@ -176,7 +176,9 @@ FAULTS_IN_PREFILL: dict[str, tuple[dict[str, Any], str, str]] = {
     "values cleared before they have landed": ({}, "mbarrier.wait(values_landed, landed_phase)", "pass"),
     "values cleared without a fence": ({}, "    fence_async_shared()\n    synchronize()", "    synchronize()"),
     "a unit read before it is told": (
-        {}, "turn += 1\n        mbarrier.wait(units_full.index(turn % UNITS), turn // UNITS % 2)\n        if", "turn += 1\n        if",
+        {},
+        "turn += 1\n        mbarrier.wait(units_full.index(turn % UNITS), turn // UNITS % 2)\n        if",
+        "turn += 1\n        if",
     ),
 }  # fmt: skip
 FAULTS_IN_LINEAR: dict[str, tuple[str, str]] = {

@@ -118,6 +118,13 @@ def test_which_products_are_ours() -> None:
     linear = pytest.importorskip("pagedattn.kernels.linear")
     for rows, is_ours in ((0, False), (1, True), (linear.FEW_ROWS, True), (linear.FEW_ROWS + 1, False)):
         assert (linear.choose_linear_launch(rows, 576, 1536, gated=False) is not None) == is_ours
+    for rows, outputs, size, is_ours in (
+        (1, 14336, 4096, True),  # bound by its bytes
+        (2, 14336, 4096, False),  # bound by its arithmetic
+        (4, 1536, 576, True),
+        (1, 49152, 576, False),  # an output projection
+    ):
+        assert (linear.choose_linear_launch(rows, outputs, size, gated=True) is not None) == is_ours
     for size in (64, 576, 1536, 4096, 14336):
         for gated in (False, True):
             cut = linear.choose_linear_launch(1, 512, size, gated)
