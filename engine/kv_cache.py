@@ -39,6 +39,10 @@ class KVCache:
     is one block more, ``null_block``: zeros, in the place of blocks that a window has left behind.
 
     ``num_host_blocks`` blocks more are in host memory, pinned where the cache is on a GPU.
+
+    Raises:
+        ValueError: for sizes below their least, or that a CPU has no memory for.
+        torch.OutOfMemoryError: if the GPU's memory does not suffice.
     """
 
     def __init__(
@@ -71,15 +75,24 @@ class KVCache:
         def allocate(num_blocks: int, place: torch.device, pin_memory: bool = False) -> list[Tensor]:
             """[size, 2, blocks, *heads, head_size], and scales with 1 for the last."""
             parts = [(stored, dtype), *([(1, torch.float32)] if is_quantized else [])]
-            return [
-                torch.empty(
-                    (self.groups.size, 2, num_blocks, *heads, width),
-                    dtype=part_dtype,
-                    device=place,
-                    pin_memory=pin_memory,
-                )
-                for width, part_dtype in parts
-            ]
+            try:
+                return [
+                    torch.empty(
+                        (self.groups.size, 2, num_blocks, *heads, width),
+                        dtype=part_dtype,
+                        device=place,
+                        pin_memory=pin_memory,
+                    )
+                    for width, part_dtype in parts
+                ]
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError) as error:  # too much for a CPU's memory, or for 64 bits
+                size = num_blocks * self.bytes_per_block(config, block_size, dtype)
+                raise ValueError(
+                    f"{num_blocks} blocks of the KV cache cannot be allocated: they take {size / 2**30:.4g} GiB "
+                    f"on {place}"
+                ) from error
 
         self._pools = allocate(num_blocks + self.groups.has_windows, self.device)
         self._host_pools = allocate(

@@ -62,6 +62,10 @@ BAD_INPUTS: dict[str, tuple[Sequence[str], str]] = {
         ["generate", "--swap-space=-1", *RANDOM, "hi"],
         "swap_space=-1.0 is not allowed: it must be a finite number of GiB >= 0",
     ),
+    "more blocks than there is memory for": (
+        ["generate", "--num-blocks", "9999999999999999999999", *RANDOM, "hi"],
+        "9999999999999999999999 blocks of the KV cache cannot be allocated: they take 7.629e+16 GiB on cpu",
+    ),
     "no answers": (["generate", "--n", "0", *RANDOM, "hi"], "n=0 is not allowed: it must be an int >= 1"),
     "empty prompt": (["generate", ""], "the prompt is empty: give at least one character"),
     "empty stdin": (["generate"], "the prompt is empty: give at least one character"),
