@@ -401,6 +401,7 @@ def test_copy_between_host_and_device_of_other_layouts(pinned: bool) -> None:
     host = [t.pin_memory() if pinned else t for t in host]
     mapping = torch.tensor([[0, 3], [2, 1]], device=DEVICE)
     pagedattn.copy_blocks(key, value, host[0], host[1], mapping)
+    torch.cuda.synchronize()
     assert torch.equal(host[0][[3, 1]], key[[0, 2]].cpu())
     assert torch.equal(host[1][[3, 1]], value[[0, 2]].cpu())
 
