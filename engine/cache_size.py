@@ -41,16 +41,18 @@ def default_num_blocks(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     gpu_memory_utilization: float,
+    cache_dtype: torch.dtype | None = None,
     enforce_eager: bool = False,
     batch_invariant: bool = False,
 ) -> int:
     """Blocks for ``max_num_seqs`` sequences of ``max_model_len`` tokens, or as many as there is memory for.
 
     On CUDA that is ``gpu_memory_utilization`` of the device's memory less what is in use and what the largest step
-    takes, which is measured with one. On a CPU it is a quarter of the free memory, and at most 4 GiB. Raises ValueError
-    when there is no room for a block.
+    takes, which is measured with one. On a CPU it is a quarter of the free memory, and at most 4 GiB. ``cache_dtype``:
+    what the cache is stored as, None = as the model computes. Raises ValueError when there is no room for a block.
     """
-    bytes_per_block = KVCache.bytes_per_block(decoder.config, block_size, decoder.dtype)
+    cache_dtype = cache_dtype or decoder.dtype
+    bytes_per_block = KVCache.bytes_per_block(decoder.config, block_size, cache_dtype)
     if decoder.device.type == "cuda":
         step_bytes = _measure_step_bytes(
             decoder,
@@ -58,6 +60,7 @@ def default_num_blocks(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            cache_dtype=cache_dtype,
             enforce_eager=enforce_eager,
             batch_invariant=batch_invariant,
         )
@@ -90,12 +93,13 @@ def _measure_step_bytes(
     max_model_len: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    cache_dtype: torch.dtype,
     enforce_eager: bool,
     batch_invariant: bool = False,
 ) -> int:
     """Peak bytes of a step of ``max_num_batched_tokens`` tokens and as many sampled rows as it can have; and what
     graphs keep for themselves: the peak of the largest, and what the driver has of each."""
-    cache = KVCache(decoder.config, 1, block_size, decoder.dtype, decoder.device)
+    cache = KVCache(decoder.config, 1, block_size, cache_dtype, decoder.device)
     runner = ModelRunner(
         decoder,
         cache,

@@ -31,6 +31,7 @@ ENGINE_OPTIONS = (
     "policy",
     "order",
     "batch_invariant",
+    "kv_cache_dtype",
     "seed",
 )
 SAMPLING_OPTIONS = (
@@ -89,6 +90,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="the same bits for a request alone and in any batch; slower",
+    )
+    group.add_argument(
+        "--kv-cache-dtype", help="what keys and values are stored as: auto, fp8, fp8_e5m2, int8 or int4 (default: auto)"
     )
     group.add_argument("--seed", type=int, help="where requests without a seed get theirs from")
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pagedattn.engine.degradation import Rung, SmallerChunks
+from pagedattn.engine.kv_cache import KV_CACHE_DTYPES
 from pagedattn.engine.monitor import AlertRule
 from pagedattn.engine.orders import QueueOrder, resolve_order
 from pagedattn.engine.policy import BatchingPolicy, resolve_policy
@@ -24,6 +25,7 @@ class EngineConfig:
     ``degradation``: what is given up under pressure, the first rung first. ``async_scheduling``: a step is launched
     before the tokens of the one before it are known (docs/decode-loop.md). ``enforce_eager``: no CUDA graphs.
     ``batch_invariant``: a request's bits do not depend on the steps that it shares with others (docs/decode-loop.md).
+    ``kv_cache_dtype``: what keys and values are stored as, a row of ``KV_CACHE_DTYPES`` by name.
     """
 
     num_blocks: int
@@ -45,6 +47,7 @@ class EngineConfig:
     async_scheduling: bool = False
     enforce_eager: bool = False
     batch_invariant: bool = False
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -72,6 +75,10 @@ class EngineConfig:
                 raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
         if not isinstance(self.alerts, tuple) or not all(isinstance(rule, AlertRule) for rule in self.alerts):
             raise ValueError(f"alerts={self.alerts!r} is not allowed: it must be a tuple of AlertRule")
+        if not isinstance(self.kv_cache_dtype, str) or self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r} is not allowed: it must be one of {', '.join(KV_CACHE_DTYPES)}"
+            )
         resolve_order(self.order)
         self._check_degradation(resolve_policy(self.policy))
 

@@ -20,6 +20,23 @@ from pagedattn.engine.layer_groups import group_layers
 if TYPE_CHECKING:
     from pagedattn.engine.model import ModelConfig
 
+# What a cache may be stored as, by name; vLLM's names where it has them. "auto" is the model's dtype.
+KV_CACHE_DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+}
+
+
+def resolve_kv_cache_dtype(name: str, model_dtype: torch.dtype, head_size: int) -> torch.dtype:
+    """The dtype that a cache of this name is stored as. Raises ValueError for int4 where heads are not pairs."""
+    if name == "int4" and head_size % 2:
+        raise ValueError(f"kv_cache_dtype='int4' is not allowed: heads of {head_size} are not pairs of numbers")
+    return KV_CACHE_DTYPES[name] or model_dtype
+
 
 class LayerCache(NamedTuple):
     """One layer's caches ``[num_blocks, block_size, num_kv_heads, head_size]`` and, if quantized, their scales."""
@@ -116,9 +133,12 @@ class KVCache:
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one block takes over the layers of a group, keys and values together."""
+        """Bytes that one block takes over the layers of a group, keys and values together, and their scales."""
         num_layers = group_layers(config.layer_windows).size
-        return 2 * num_layers * block_size * config.num_kv_heads * config.head_size * dtype.itemsize
+        head_bytes = config.head_size * dtype.itemsize
+        if dtype in ops.QUANTIZED_DTYPES:
+            head_bytes = (head_bytes // 2 if dtype == torch.uint8 else head_bytes) + torch.float32.itemsize
+        return 2 * num_layers * block_size * config.num_kv_heads * head_bytes
 
     @torch.inference_mode()
     def transfer(self, transfers: BlockTransfers) -> None:

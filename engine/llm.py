@@ -17,7 +17,7 @@ from pagedattn.engine.cache_size import default_num_blocks, longest_sequence
 from pagedattn.engine.config import EngineConfig
 from pagedattn.engine.degradation import Rung
 from pagedattn.engine.engine import Engine
-from pagedattn.engine.kv_cache import KVCache
+from pagedattn.engine.kv_cache import KVCache, resolve_kv_cache_dtype
 from pagedattn.engine.layer_groups import group_layers
 from pagedattn.engine.monitor import Alert, AlertRule
 from pagedattn.engine.orders import QueueOrder
@@ -52,6 +52,9 @@ class LLM:
         device: None takes CUDA where there is one.
         block_size: tokens per KV-cache block.
         num_blocks: blocks of the KV cache; None takes what ``max_num_seqs`` sequences need, as far as memory allows.
+        kv_cache_dtype: what keys and values are stored as: "auto" as the model computes, or "fp8" (which is "fp8_e4m3"),
+            "fp8_e5m2", "int8" or "int4", with a scale for each token and head, written as they are appended. Less
+            memory and fewer bytes to read; docs/kernel-notes.md has what it costs in accuracy.
         gpu_memory_utilization: share of the GPU's memory, in (0, 1], that weights, activations and KV cache may take.
         max_model_len: most tokens of a prompt and its generation together; None takes the model's, or what blocks hold.
         max_num_seqs: most sequences in a step.
@@ -97,6 +100,7 @@ class LLM:
         enforce_eager: bool = False,
         async_scheduling: bool = True,
         batch_invariant: bool = False,
+        kv_cache_dtype: str = "auto",
         seed: int = 0,
         max_waiting_requests: int | None = None,
         max_waiting_tokens: int | None = None,
@@ -124,6 +128,7 @@ class LLM:
             enforce_eager=enforce_eager,
             async_scheduling=async_scheduling,
             batch_invariant=batch_invariant,
+            kv_cache_dtype=kv_cache_dtype,
             seed=seed,
             max_waiting_requests=max_waiting_requests,
             max_waiting_tokens=max_waiting_tokens,
@@ -140,6 +145,7 @@ class LLM:
         is_cuda = self.device.type == "cuda"
         if max_num_batched_tokens is None:
             max_num_batched_tokens = DEFAULT_BATCHED_TOKENS["cuda" if is_cuda else "cpu"]
+        cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, loaded.decoder.dtype, loaded.config.head_size)
         longest = loaded.decoder.max_model_len
         if max_model_len is not None and max_model_len > longest:
             raise ValueError(f"max_model_len={max_model_len} is not allowed: {self.name} has {longest} positions")
@@ -152,6 +158,7 @@ class LLM:
                     max_num_seqs=max_num_seqs,
                     max_num_batched_tokens=max_num_batched_tokens,
                     gpu_memory_utilization=gpu_memory_utilization,
+                    cache_dtype=cache_dtype,
                     enforce_eager=enforce_eager,
                     batch_invariant=batch_invariant,
                 )
@@ -170,10 +177,10 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             async_scheduling=async_scheduling and is_cuda,
         )
-        bytes_per_block = KVCache.bytes_per_block(loaded.config, block_size, loaded.decoder.dtype)
+        bytes_per_block = KVCache.bytes_per_block(loaded.config, block_size, cache_dtype)
         num_host_blocks = int(swap_space * 2**30) // bytes_per_block
         with _out_of_memory_explained(f"a KV cache of {num_blocks} blocks", config, gpu_memory_utilization):
-            cache = KVCache(loaded.config, num_blocks, block_size, loaded.decoder.dtype, self.device, num_host_blocks)
+            cache = KVCache(loaded.config, num_blocks, block_size, cache_dtype, self.device, num_host_blocks)
         with _out_of_memory_explained("warming up", config, gpu_memory_utilization):
             costs = measure_preemption_costs(loaded.decoder, cache, config) if num_host_blocks else None
             self.engine = Engine(

@@ -66,6 +66,10 @@ BAD_INPUTS: dict[str, tuple[Sequence[str], str]] = {
         ["generate", "--num-blocks", "9999999999999999999999", *RANDOM, "hi"],
         "9999999999999999999999 blocks of the KV cache cannot be allocated: they take 7.629e+16 GiB on cpu",
     ),
+    "unknown format of the cache": (
+        ["generate", "--kv-cache-dtype", "fp4", *RANDOM, "hi"],
+        "kv_cache_dtype='fp4' is not allowed: it must be one of auto, fp8, fp8_e4m3, fp8_e5m2, int8, int4",
+    ),
     "no answers": (["generate", "--n", "0", *RANDOM, "hi"], "n=0 is not allowed: it must be an int >= 1"),
     "empty prompt": (["generate", ""], "the prompt is empty: give at least one character"),
     "empty stdin": (["generate"], "the prompt is empty: give at least one character"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pagedattn.engine.block_manager import BlockTransfers
-from pagedattn.engine.kv_cache import KVCache
+from pagedattn.engine.kv_cache import KV_CACHE_DTYPES, KVCache, resolve_kv_cache_dtype
 from pagedattn.engine.llm import LLM
 from pagedattn.engine.sampling_params import SamplingParams
 from pagedattn.engine.weights import RANDOM_MODELS, load_model
@@ -122,6 +122,44 @@ def test_windows_give_up_what_they_have_passed_and_tokens_stay_transformers(name
         assert (stats.prefix_cache_hits > 0) == options.get("enable_prefix_caching", True)
         if "swap_space" in options:
             assert stats.num_swaps == stats.num_preemptions
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2", "int8", "int4"])
+def test_an_engine_on_a_quantized_cache(name: str) -> None:
+    """A token does not change with how prompts are cut, with blocks that are shared, computed again or swapped."""
+    loaded = load_model("random", device=DEVICE, dtype=torch.float32)
+    dtype = KV_CACHE_DTYPES[name]
+    assert dtype is not None
+    expected = None
+    for options, (preempts, swaps) in (
+        ({"num_blocks": 200, "enable_prefix_caching": False}, (False, False)),
+        ({"num_blocks": 200}, (False, False)),
+        ({"num_blocks": 30}, (True, False)),
+        ({"num_blocks": 30, "swap_space": 0.01}, (True, True)),
+    ):
+        llm = LLM(loaded, kv_cache_dtype=name, block_size=4, max_num_batched_tokens=24, max_model_len=100, **options)
+        layer = llm.engine.cache.layers[0]
+        assert {layer.key.dtype, layer.value.dtype} == {dtype}
+        tokens = [output.outputs[0].token_ids for output in llm.generate(prompts(), GREEDY, use_tqdm=False)]
+        expected = expected or tokens
+        assert tokens == expected, options
+        stats = llm.engine.stats()
+        assert (stats.num_preemptions > 0, stats.num_swaps > 0) == (preempts, swaps), options
+        llm.engine.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2, torch.int8, torch.uint8])
+def test_bytes_of_a_block(dtype: torch.dtype) -> None:
+    cache = KVCache(CONFIG, 8, 4, dtype, "cpu")
+    stored = sum(
+        tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in layer if tensor is not None
+    )
+    assert stored == 8 * KVCache.bytes_per_block(CONFIG, 4, dtype)
+
+
+def test_heads_that_are_not_pairs_are_not_int4() -> None:
+    with pytest.raises(ValueError, match="heads of 7 are not pairs of numbers"):
+        resolve_kv_cache_dtype("int4", torch.float32, 7)
 
 
 def test_a_long_request_holds_only_its_windows_blocks(tmp_path: Path) -> None:
