@@ -52,7 +52,7 @@ class LLM:
         device: None takes CUDA where there is one.
         block_size: tokens per KV-cache block.
         num_blocks: blocks of the KV cache; None takes what ``max_num_seqs`` sequences need, as far as memory allows.
-        kv_cache_dtype: what keys and values are stored as: "auto" as the model computes, or "fp8" (which is "fp8_e4m3"),
+        kv_cache_dtype: what keys and values are stored as: "auto" as the model computes, or "fp8" (that is "fp8_e4m3"),
             "fp8_e5m2", "int8" or "int4", with a scale for each token and head, written as they are appended. Less
             memory and fewer bytes to read; docs/kernel-notes.md has what it costs in accuracy.
         gpu_memory_utilization: share of the GPU's memory, in (0, 1], that weights, activations and KV cache may take.
