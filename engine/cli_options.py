@@ -92,7 +92,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="the same bits for a request alone and in any batch; slower",
     )
     group.add_argument(
-        "--kv-cache-dtype", help="what keys and values are stored as: auto, fp8, fp8_e5m2, int8 or int4 (default: auto)"
+        "--kv-cache-dtype",
+        metavar="FORMAT",
+        help="what keys and values are stored as: auto, fp8 (fp8_e4m3), fp8_e5m2, int8 or int4 (default: auto)",
     )
     group.add_argument("--seed", type=int, help="where requests without a seed get theirs from")
 

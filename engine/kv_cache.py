@@ -8,6 +8,7 @@ one piece, which heads of 64 dimensions gain 3 to 5% from (docs/kernel-notes.md)
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -58,8 +59,8 @@ class KVCache:
     ``num_host_blocks`` blocks more are in host memory, pinned where the cache is on a GPU.
 
     Raises:
-        ValueError: for sizes below their least, or that a CPU has no memory for.
-        torch.OutOfMemoryError: if the GPU's memory does not suffice.
+        ValueError: for sizes below their least or out of all bounds.
+        RuntimeError: from torch, if memory does not suffice; a GPU's is a torch.OutOfMemoryError.
     """
 
     def __init__(
@@ -89,27 +90,23 @@ class KVCache:
         heads_first = self.device.type == "cuda"
         heads = (config.num_kv_heads, block_size) if heads_first else (block_size, config.num_kv_heads)
 
+        bytes_per_block = self.bytes_per_block(config, block_size, dtype)
+        for what, count in (("blocks of the KV cache", num_blocks), ("blocks of swap space", num_host_blocks)):
+            if count * bytes_per_block >= 1 << 62:  # what no allocator takes, and torch has no words for
+                raise ValueError(f"{Decimal(count):.4g} {what} cannot be allocated: one takes {bytes_per_block} bytes")
+
         def allocate(num_blocks: int, place: torch.device, pin_memory: bool = False) -> list[Tensor]:
             """[size, 2, blocks, *heads, head_size], and scales with 1 for the last."""
             parts = [(stored, dtype), *([(1, torch.float32)] if is_quantized else [])]
-            try:
-                return [
-                    torch.empty(
-                        (self.groups.size, 2, num_blocks, *heads, width),
-                        dtype=part_dtype,
-                        device=place,
-                        pin_memory=pin_memory,
-                    )
-                    for width, part_dtype in parts
-                ]
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, TypeError, ValueError) as error:  # too much for a CPU's memory, or for 64 bits
-                size = num_blocks * self.bytes_per_block(config, block_size, dtype)
-                raise ValueError(
-                    f"{num_blocks} blocks of the KV cache cannot be allocated: they take {size / 2**30:.4g} GiB "
-                    f"on {place}"
-                ) from error
+            return [
+                torch.empty(
+                    (self.groups.size, 2, num_blocks, *heads, width),
+                    dtype=part_dtype,
+                    device=place,
+                    pin_memory=pin_memory,
+                )
+                for width, part_dtype in parts
+            ]
 
         self._pools = allocate(num_blocks + self.groups.has_windows, self.device)
         self._host_pools = allocate(

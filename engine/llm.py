@@ -54,7 +54,7 @@ class LLM:
         num_blocks: blocks of the KV cache; None takes what ``max_num_seqs`` sequences need, as far as memory allows.
         kv_cache_dtype: what keys and values are stored as: "auto" as the model computes, or "fp8" (that is "fp8_e4m3"),
             "fp8_e5m2", "int8" or "int4", with a scale for each token and head, written as they are appended. Less
-            memory and fewer bytes to read; docs/kernel-notes.md has what it costs in accuracy.
+            memory and fewer bytes to read, slower prompts (docs/command-line.md).
         gpu_memory_utilization: share of the GPU's memory, in (0, 1], that weights, activations and KV cache may take.
         max_model_len: most tokens of a prompt and its generation together; None takes the model's, or what blocks hold.
         max_num_seqs: most sequences in a step.
@@ -178,8 +178,11 @@ class LLM:
             async_scheduling=async_scheduling and is_cuda,
         )
         bytes_per_block = KVCache.bytes_per_block(loaded.config, block_size, cache_dtype)
-        num_host_blocks = int(swap_space * 2**30) // bytes_per_block
-        with _out_of_memory_explained(f"a KV cache of {num_blocks} blocks", config, gpu_memory_utilization):
+        num_host_blocks = (int(swap_space) * 2**30 + int(swap_space % 1 * 2**30)) // bytes_per_block
+        what = f"a KV cache of {num_blocks} blocks"
+        if num_host_blocks:
+            what += f" and {num_host_blocks} of swap space"
+        with _out_of_memory_explained(what, config, gpu_memory_utilization):
             cache = KVCache(loaded.config, num_blocks, block_size, cache_dtype, self.device, num_host_blocks)
         with _out_of_memory_explained("warming up", config, gpu_memory_utilization):
             costs = measure_preemption_costs(loaded.decoder, cache, config) if num_host_blocks else None
@@ -383,7 +386,7 @@ class LLM:
 
 @contextlib.contextmanager
 def _out_of_memory_explained(what: str, config: EngineConfig, gpu_memory_utilization: float) -> Iterator[None]:
-    """Raises ValueError that says what to lower when the GPU's memory does not suffice."""
+    """Raises ValueError that says what to lower when memory does not suffice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -392,6 +395,10 @@ def _out_of_memory_explained(what: str, config: EngineConfig, gpu_memory_utiliza
             f"{config.max_num_batched_tokens}, max_num_seqs={config.max_num_seqs}, gpu_memory_utilization="
             f"{gpu_memory_utilization} or num_blocks ({str(error).strip().partition('.')[0]})"
         ) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise ValueError(f"there is too little memory for {what}: lower num_blocks or swap_space") from error
 
 
 def _one_for_each(count: int, values: T | Sequence[T] | None, kind: type[T], name: str) -> list[T]:

@@ -1,5 +1,6 @@
-"""Matrix products with what is around them. For a few rows: one launch of a kernel of ours. For more, where weights are
-small and the GPU is a Hopper, that of ``hopper_linear.py``. Else the vendor's.
+"""Matrix products with what is around them. For a few rows, as long as they are bound by the weights' bytes: one launch
+of a kernel of ours. For more, where weights are small and the GPU is a Hopper, that of ``hopper_linear.py``. Else the
+vendor's.
 
 A product with few rows reads its weights and does little else. Weights depend on nothing, so a program asks for its
 own, BLOCK_N whole rows of the matrix, before it waits for the kernel ahead: that one's end, this one's start
@@ -145,7 +146,8 @@ WEIGHTS_PER_THREAD = 64  # asked for at once
 def choose_linear_launch(num_rows: int, num_outputs: int, size: int, gated: bool) -> LinearLaunch | None:
     """None: leave it to others. Few outputs are spread over many programs."""
     matrices = 2 if gated else 1
-    if not 0 < num_rows <= FEW_ROWS or (num_rows > 1 and num_rows * matrices * num_outputs * size > MAX_PRODUCTS):
+    rows = next_power_of_2(max(1, num_rows))
+    if not 0 < num_rows <= FEW_ROWS or (rows > 1 and rows * matrices * num_outputs * size > MAX_PRODUCTS):
         return None
     padded = max(WARP_LANES, next_power_of_2(size))
     per_output = matrices * padded // 32  # of a thread, if an output has one warp
@@ -154,7 +156,7 @@ def choose_linear_launch(num_rows: int, num_outputs: int, size: int, gated: bool
         return None
     num_warps = max(4, min(16, block_n * per_output // WEIGHTS_PER_THREAD))
     lanes = WARP_LANES if num_warps <= block_n else min(padded, WARP_LANES * num_warps)
-    return LinearLaunch(next_power_of_2(num_rows), block_n, lanes, padded // lanes, num_warps)
+    return LinearLaunch(rows, block_n, lanes, padded // lanes, num_warps)
 
 
 def _few_rows_linear(

@@ -352,8 +352,8 @@ def norm_linear(
 ) -> Tensor:
     """``rms_norm`` of values, times a matrix, and ``silu_and_mul`` of that if it is gated.
 
-    On a GPU a few rows take one launch. It reads weight, bias and norm_weight while the work ahead of it may still run:
-    they must be older than that.
+    On a GPU a few rows of small weights take one launch. It reads weight, bias and norm_weight while the work ahead of
+    it may still run: they must be older than that.
 
     Args:
         values: [T, K] fp16, bf16 or fp32.

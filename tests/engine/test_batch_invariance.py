@@ -132,6 +132,15 @@ def test_a_preemption_does_not_show(model: LoadedModel, alone: list[list[Any]], 
     assert (stats.num_swaps > 0) == (policy == "transformers")
 
 
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_a_quantized_cache_is_no_exception(model: LoadedModel, name: str) -> None:
+    alone = answers_alone(model, kv_cache_dtype=name)
+    for options in ({"max_num_batched_tokens": 96}, {"enable_prefix_caching": True}):
+        llm = LLM(model, batch_invariant=True, kv_cache_dtype=name, **{**SIZES, **options})
+        for _ in range(2):
+            assert_same(answers(llm), alone)
+
+
 def test_a_cached_prefix_does_not_show(model: LoadedModel, alone: list[list[Any]]) -> None:
     llm = LLM(model, batch_invariant=True, **{**SIZES, "enable_prefix_caching": True})
     for _ in range(2):

@@ -64,7 +64,15 @@ BAD_INPUTS: dict[str, tuple[Sequence[str], str]] = {
     ),
     "more blocks than there is memory for": (
         ["generate", "--num-blocks", "9999999999999999999999", *RANDOM, "hi"],
-        "9999999999999999999999 blocks of the KV cache cannot be allocated: they take 7.629e+16 GiB on cpu",
+        "1.000e+22 blocks of the KV cache cannot be allocated: one takes 8192 bytes",
+    ),
+    "more blocks than this machine has memory for": (
+        ["generate", "--num-blocks", "99999999999", *RANDOM, "hi"],
+        "there is too little memory for a KV cache of 99999999999 blocks: lower num_blocks or swap_space",
+    ),
+    "more swap space than there is memory": (
+        ["generate", "--swap-space", "1e300", *RANDOM, "hi"],
+        "1.311e+305 blocks of swap space cannot be allocated: one takes 8192 bytes",
     ),
     "unknown format of the cache": (
         ["generate", "--kv-cache-dtype", "fp4", *RANDOM, "hi"],

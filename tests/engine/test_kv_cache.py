@@ -126,7 +126,8 @@ def test_windows_give_up_what_they_have_passed_and_tokens_stay_transformers(name
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_e5m2", "int8", "int4"])
 def test_an_engine_on_a_quantized_cache(name: str) -> None:
-    """A token does not change with how prompts are cut, with blocks that are shared, computed again or swapped."""
+    """This model's tokens do not change where blocks are shared, computed again or swapped; any model's, where the mode
+    is batch-invariant (test_batch_invariance.py)."""
     loaded = load_model("random", device="cpu")  # elsewhere products round by their number of rows
     dtype = KV_CACHE_DTYPES[name]
     assert dtype is not None

@@ -364,7 +364,7 @@ def test_progress_is_shown_when_slow(
 @pytest.mark.parametrize(
     ("where", "what"),
     [
-        ("KVCache.__init__", "a KV cache of 64 blocks"),
+        ("KVCache.__init__", "a KV cache of 64 blocks and 1310 of swap space"),
         ("measure_preemption_costs", "warming up"),
         ("Engine", "warming up"),
     ],

@@ -222,6 +222,30 @@ def test_faults_in_attention(kernel: str, fault: str, seed: int, monkeypatch: py
         run(changed(module, before, after), monkeypatch, what)
 
 
+PASSING = {"seq_lens": [900, 700, 900, 800, 300], "query_lens": [140, 1, 1, 20, 1], "head_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("mbarrier.wait(queries_full.index(query_tile), turn // QUERY_TILES % 2)  #", "#"),
+        ("mbarrier.wait(keys_full.index(stage), phase)\n            mbarrier.arrive", "mbarrier.arrive"),
+    ],
+    ids=["queries", "keys"],
+)
+def test_faults_where_a_consumer_passes_by(before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They show where the other consumer is slow: in some of these runs."""
+    names = changed(hopper_prefill, before, after)
+
+    def run_often() -> None:
+        for seed in range(20):
+            monkeypatch.setattr(gluon_interpreter, "chance", random.Random(seed))
+            prefill(names, monkeypatch, PASSING)
+
+    with pytest.raises((RaceError, TimeoutError)):
+        run_often()
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("fault", FAULTS_IN_LINEAR)
 def test_faults_in_linear(fault: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

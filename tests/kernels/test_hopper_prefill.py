@@ -129,6 +129,7 @@ def test_drawn_on_a_cpu(number: int) -> None:
         ([1500, 700, 900], [140, 1, 1], 0, {}),  # rings filled several times; decodes beside a chunk
         ([300, 900, 0, 700, 800], [140, 1, 1, 20, 1], 0, {"head_size": 256}),  # units that one consumer passes by
         ([2000, 3000], [5, 130], 0, {}),  # and tiles that are split
+        ([500, 447, 390, 333, 300], [140, 1, 1, 1, 20], 0, {"sliding_window": 65}),  # and begin within a page
         ([3000], [130], 0, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}),  # split
         ([300, 200], [140, 70], 0, {"head_size": 256}),  # one tile of queries at a time
     ],

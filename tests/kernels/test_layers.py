@@ -125,6 +125,8 @@ def test_which_products_are_ours() -> None:
         (1, 49152, 576, False),  # an output projection
     ):
         assert (linear.choose_linear_launch(rows, outputs, size, gated=True) is not None) == is_ours
+    for rows, is_ours in ((1, True), (2, True), (3, False), (4, False)):  # as with 4 rows, which a graph pads 3 to
+        assert (linear.choose_linear_launch(rows, 2048, 2048, gated=False) is not None) == is_ours
     for size in (64, 576, 1536, 4096, 14336):
         for gated in (False, True):
             cut = linear.choose_linear_launch(1, 512, size, gated)
