@@ -136,7 +136,8 @@ def test_what_a_step_takes_is_measured_with_the_largest(model: LoadedModel, monk
             monkeypatch.setattr(torch.cuda, name, lambda device: None)
         for name in ("memory_allocated", "max_memory_allocated"):
             monkeypatch.setattr(torch.cuda, name, lambda device: 0)
-    sizes = {"block_size": 16, "max_model_len": 100, "max_num_seqs": 9}
+    sizes: dict[str, Any] = {"block_size": 16, "max_model_len": 100, "max_num_seqs": 9}
+    sizes["cache_dtype"] = model.decoder.dtype
     taken = [
         cache_size._measure_step_bytes(model.decoder, **sizes, max_num_batched_tokens=tokens, enforce_eager=eager)
         for tokens, eager in ((36, True), (36, True), (36, False), (4, True), (8, False))
